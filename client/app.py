@@ -1,0 +1,168 @@
+"""One training message in, one reply out: a Flower ClientApp, run in a worker.
+
+The order is the promise: the proposal is held against the owner's terms, the parameters against the client's own
+model, the worst case is charged, and only then is the first record read.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from client.accounting import Release
+from client.ledger import Head
+from client.model_check import ModelRefused, check_model
+from client.noise import SecureGenerator
+from client.policy import Refused, accept
+from client.training import Step, train
+from common import messages
+from common.config import Partition, Policy
+from common.messages import MessageError, Proposal, Reason, Standing
+from common.tasks import Data, Task, TaskError, load_task
+
+log = logging.getLogger(__name__)
+
+PROBE_RECORDS = 4
+
+
+class Budget(Protocol):
+    """The partition's ledger, as a worker reaches it. Each call raises `Refused` where the answer is no."""
+
+    def reserve(self, message: str, release: Release, head: Head) -> None: ...
+    def commit(self) -> Standing: ...
+    def standing(self) -> Standing | None: ...
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What a worker keeps between jobs: the task, its checked model, and the data of the last partition."""
+
+    policy: Policy
+    round: int = 0  # of the last proposal
+    _task: Task | None = None
+    _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
+
+    def task(self) -> Task:
+        """The policy's task, its model checked once: a model that mixes records has no per-record bound."""
+        if self._task is None:
+            try:
+                task = load_task(self.policy.task, self.policy.data_root)
+                public = task.test_data()
+                check_model(task.model(), task.loss, public.inputs[:PROBE_RECORDS], public.targets[:PROBE_RECORDS])
+            except (ModelRefused, TaskError) as error:
+                raise Refused(Reason.MODEL, str(error)) from None
+            self._task = task
+        return self._task
+
+    def data(self, partition: Partition, device: torch.device) -> Data:
+        """The partition's records on `device`. Called only after the charge."""
+        if self._resident is None or self._resident[0] != partition:
+            self._resident = None
+            try:
+                loaded = self.task().train_data(partition.index, partition.of)
+            except Exception as error:
+                # The text of the error may quote a record.
+                raise Refused(Reason.DATA, f"the data cannot be read: {type(error).__name__}") from None
+            if len(loaded.inputs) * self.policy.privacy.delta >= 1:
+                raise Refused(Reason.DATA, "delta is not below 1/n for the data of this partition")
+            self._resident = partition, Data(inputs=loaded.inputs.to(device), targets=loaded.targets.to(device))
+        return self._resident[1]
+
+
+def client_app(bench: Bench, partition: Partition, budget: Budget) -> ClientApp:
+    """The app that answers one message for `partition`."""
+    app = ClientApp()
+
+    @app.train()
+    def answer(message: Message, _: Context) -> Message:
+        try:
+            content = train_round(message.content, message.metadata.message_id, bench, partition, budget)
+        except Refused as refused:
+            log.info("%s: refused, %s: %s", partition.name, refused.reason, refused.detail)
+            content = messages.refusal(refused.reason, refused.detail, budget.standing())
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def train_round(content: RecordDict, message_id: str, bench: Bench, partition: Partition, budget: Budget) -> RecordDict:
+    """The reply to a training request. Raises `Refused` before any record is read, or with the charge spent."""
+    policy = bench.policy
+    proposal, arrays = _parse(content)
+    bench.round = proposal.round
+    release = accept(proposal, policy)
+    device = pick_device(policy.training.device)
+    model = _load(bench.task().model, arrays).to(device)
+    budget.reserve(message_id, release, Head(sequence=proposal.anchor_sequence, hash=proposal.anchor_head))
+
+    # Dropout and the like draw from torch: a fork must not repeat its parent's draws.
+    torch.manual_seed(int.from_bytes(os.urandom(8)))
+    started = time.monotonic()
+    train(
+        model,
+        bench.task().loss,
+        bench.data(partition, device),
+        release=release,
+        step=Step(
+            max_grad_norm=float(policy.privacy.max_grad_norm),
+            batch_size=policy.privacy.batch_size,
+            physical_batch_size=policy.training.physical_batch_size,
+            learning_rate=proposal.learning_rate,
+        ),
+        generator=SecureGenerator(),
+    )
+    trained = ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in trainable(model).items()})
+    log.info("%s: round %d trained in %.2f s", partition.name, proposal.round, time.monotonic() - started)
+    return messages.update(trained, budget.commit(), weight=float(policy.training.weight))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that travel, by name: no buffers, no frozen ones."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _parse(content: RecordDict) -> tuple[Proposal, ArrayRecord]:
+    try:
+        proposal = Proposal.from_record(content.get(messages.CONFIG))
+    except MessageError as error:
+        raise Refused(Reason.POLICY, f"request: {error}") from None
+    arrays = content.get(messages.ARRAYS)
+    if not isinstance(arrays, ArrayRecord):
+        raise Refused(Reason.MODEL, "request: no arrays")
+    return proposal, arrays
+
+
+def _load(make_model: Callable[[], nn.Module], arrays: ArrayRecord) -> nn.Module:
+    """The client's own model with the server's parameters: same names, shapes and types, all finite."""
+    model = make_model()
+    own = trainable(model)
+    if set(arrays) != set(own):
+        raise Refused(Reason.MODEL, f"parameters: expected exactly {sorted(own)}")
+    for name, parameter in own.items():
+        expected = parameter.detach().cpu().numpy()
+        array = arrays[name]
+        if array.dtype != str(expected.dtype) or tuple(array.shape) != expected.shape:
+            raise Refused(Reason.MODEL, f"parameters: expected {name} as {expected.dtype} {list(expected.shape)}")
+        try:
+            value = np.ascontiguousarray(array.numpy())
+        except Exception as error:
+            raise Refused(Reason.MODEL, f"parameters: {name} cannot be read: {type(error).__name__}") from None
+        if value.shape != expected.shape or value.dtype != expected.dtype or not np.isfinite(value).all():
+            raise Refused(Reason.MODEL, f"parameters: expected {name} finite and of its announced shape")
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(value))
+    return model

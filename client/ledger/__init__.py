@@ -1,0 +1,28 @@
+"""The privacy budget of one partition: one append-only file, beside the data it protects.
+
+`chain` is the file (hashes, lock, durability), `account` is what its entries add up to, `writer` charges it.
+"""
+
+from client.ledger.account import Account
+from client.ledger.writer import (
+    BudgetExhausted,
+    DuplicateMessage,
+    Head,
+    Ledger,
+    LedgerError,
+    RolledBack,
+    create,
+    read,
+)
+
+__all__ = [
+    "Account",
+    "BudgetExhausted",
+    "DuplicateMessage",
+    "Head",
+    "Ledger",
+    "LedgerError",
+    "RolledBack",
+    "create",
+    "read",
+]

@@ -1,0 +1,158 @@
+"""One partition's life in the fleet: join, wait for a message, have it answered, send the reply. One thread each.
+
+Whatever happens to one partition (an unregistered key, a ledger that cannot be trusted) the others go on.
+"""
+
+import logging
+import random
+import threading
+import time
+
+from client.conversation import Conversation
+from client.dialogue import Job
+from client.fleet import Fleet, FleetError, Inbound, Node, Outbound, failure
+from client.ledger import Ledger, LedgerError
+from client.workers import WorkerDied, Workers
+from common.config import Partition, Policy
+from common.messages import Reason
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # after a message; grows to the idle interval
+SEND_TRIES = 5
+BACK_OFF_SECONDS = (1.0, 10.0)
+
+
+class Member:
+    """A partition with its key, its ledger and its place in the fleet."""
+
+    def __init__(self, partition: Partition, policy: Policy, fleet: Fleet, workers: Workers) -> None:
+        self.partition = partition
+        self.refusals = dict.fromkeys(Reason, 0)
+        self.connected = False
+        self.round = 0
+        self.train_seconds = 0.0
+        self.samples_per_second = 0.0
+        self.ledger_problem: str | None = None
+        self._policy = policy
+        self._fleet = fleet
+        self._workers = workers
+        self._ledger: Ledger | None = None
+        self._node = Node(fleet, policy.key_path(partition.name))
+        self._idle_seconds = min(3.0, 0.3 + 0.02 * len(policy.partitions))
+        self._said = ""
+        self._open_ledger()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves until `stop` is set."""
+        delay = BACK_OFF_SECONDS[0]
+        poll = POLL_SECONDS
+        while not stop.is_set():
+            try:
+                if not self._node.active:
+                    self._node.activate()
+                    self._say("connected")
+                    self.connected = True
+                inbound = self._node.receive()
+                delay = BACK_OFF_SECONDS[0]
+            except FleetError as error:
+                self._lost(error)
+                stop.wait(delay * _jitter())
+                delay = min(BACK_OFF_SECONDS[1], 2 * delay)
+                continue
+            if inbound is None:
+                stop.wait(poll * _jitter())
+                poll = min(self._idle_seconds, 1.2 * poll)
+                continue
+            poll = POLL_SECONDS
+            self._serve(inbound, stop)
+        self._leave()
+
+    def heartbeat(self) -> None:
+        """Tells the server that this node lives. Called for all members by one thread."""
+        if not self._node.active:
+            return
+        try:
+            self._node.heartbeat()
+        except FleetError as error:
+            log.debug("%s: heartbeat: %s", self.partition.name, error)
+
+    def _serve(self, inbound: Inbound, stop: threading.Event) -> None:
+        started = time.monotonic()
+        conversation = Conversation(self._ledger or self._open_ledger(), self._policy.privacy)
+        try:
+            done = self._workers.run(Job(partition=self.partition, inbound=inbound), conversation.answer)
+        except WorkerDied:
+            log.error("%s: the worker died; what it had reserved stays spent", self.partition.name)
+            outbound = failure(inbound, "the worker died")
+        else:
+            outbound = done.outbound
+            self.round = done.round
+            if done.refused is not None:
+                self.refusals[done.refused] += 1
+            if conversation.committed:
+                self.train_seconds = done.seconds
+                self.samples_per_second = done.steps * self._policy.privacy.batch_size / done.seconds
+        self.ledger_problem = conversation.problem or self.ledger_problem
+        self._send(outbound, time.monotonic() - started, conversation.ledger if conversation.committed else None, stop)
+
+    def _send(self, outbound: Outbound, seconds: float, charged: Ledger | None, stop: threading.Event) -> None:
+        for attempt in range(SEND_TRIES):
+            try:
+                if charged is not None:
+                    charged.check()  # where the ledger was replaced meanwhile, this update is not charged
+                self._node.send(outbound, seconds)
+                return
+            except LedgerError as error:
+                self.ledger_problem = str(error)
+                log.error("%s: the update is not sent: %s", self.partition.name, error)
+                return
+            except FleetError as error:
+                log.warning("%s: the reply was not sent: %s", self.partition.name, error)
+                if not error.retry or stop.wait(2.0**attempt * _jitter()):
+                    return
+
+    def _open_ledger(self) -> Ledger | None:
+        name = self.partition.name
+        try:
+            self._ledger = Ledger.open(
+                self._policy.ledger_path(name),
+                partition=name,
+                privacy=self._policy.privacy,
+                anchor=self._policy.anchor_path(name),
+            )
+            self.ledger_problem = None
+        except LedgerError as error:
+            self.ledger_problem = str(error)
+            self._say(f"trains nothing: {error}", logging.ERROR)
+        return self._ledger
+
+    def _lost(self, error: FleetError) -> None:
+        self._node.lost()
+        self.connected = False
+        text = (
+            self._fleet.explain()
+            if error.retry
+            else f"{error} (the server must know this key, and no other live node may use it)"
+        )
+        self._say(f"not connected: {text}", logging.WARNING)
+
+    def _leave(self) -> None:
+        self.connected = False
+        try:
+            self._node.deactivate()
+        except FleetError as error:
+            log.debug("%s: leaving: %s", self.partition.name, error)
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        """Logs a state once, not each time it is met again."""
+        if text != self._said:
+            self._said = text
+            log.log(level, "%s: %s", self.partition.name, text)
+
+
+def _jitter() -> float:
+    """Keeps the partitions of many processes from calling at the same moment."""
+    return random.uniform(0.75, 1.25)  # noqa: S311 (not secret)

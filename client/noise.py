@@ -1,0 +1,100 @@
+"""Cryptographic randomness for the noise and the sampling that the privacy claim rests on.
+
+A seed that repeats, or a stream that two processes share, cancels the noise between releases. So there is no
+seed: each generator draws its own key from the operating system, and it cannot be copied, pickled or used
+in a forked process.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+_CHUNK = 2**16  # numbers per step: scratch memory stays small and in the cache, however large the result
+_ZEROS = memoryview(bytes(8 * _CHUNK))  # in CTR mode, zeros encrypt to the key stream itself
+
+
+class SecureGenerator:
+    """Normal noise and Poisson masks from AES-256 in counter mode (NIST SP 800-38A) under a key of its own.
+
+    The counter has 128 bits and starts at zero: it never wraps, and after 2**48 blocks (4 PiB) the stream
+    can be told from true randomness with probability below 2**-32. Torch's and NumPy's generators are
+    neither read nor disturbed. Not for use by several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+        self._pid = os.getpid()
+
+    def normal(
+        self,
+        shape: Sequence[int],
+        std: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Independent draws of N(0, std**2), a tensor of `shape`, `()` for a scalar, on `device`, else the CPU.
+
+        Box & Muller 1958 in float64 from 53-bit uniforms, then rounded to `dtype`; values end at 8.57
+        `std`, which a true normal passes with probability 1e-17. It is a floating-point Gaussian: Mironov
+        2012 applies.
+
+        Raises ValueError for a negative or non-finite `std`, a negative size or a `dtype` that is not
+        floating point, RuntimeError in a process forked from the one that made the generator.
+        """
+        if not (math.isfinite(std) and std >= 0):
+            raise ValueError(f"expected std={std} to be finite and >= 0")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"expected every size in shape={tuple(shape)} to be >= 0")
+        if not dtype.is_floating_point:
+            raise ValueError(f"expected dtype={dtype} to be floating point")
+        noise = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        for part in noise.view(-1).split(_CHUNK):
+            part.copy_(self._box_muller(len(part)).mul_(std))
+        return noise.to(device)
+
+    def poisson_mask(self, n: int, rate: float) -> torch.Tensor:
+        """Which of `n` records join a batch, bool [n]: each one independently with probability `rate`.
+
+        The probability is `rate` rounded down to a multiple of 2**-64, never above what is accounted for.
+        Draw it for every batch, and train on an empty one too.
+
+        Raises ValueError unless `n` >= 0 and `rate` is in (0, 1], RuntimeError in a forked process.
+        """
+        if n < 0:
+            raise ValueError(f"expected n={n} to be >= 0")
+        if not 0 < rate <= 1:
+            raise ValueError(f"expected rate={rate} in (0, 1]")
+        if rate == 1:
+            return torch.ones(n, dtype=torch.bool, device="cpu")
+        threshold = math.floor(rate * 2.0**64) - 2**63  # words are signed: both sides are shifted by 2**63
+        mask = torch.empty(n, dtype=torch.bool, device="cpu")
+        for part in mask.split(_CHUNK):
+            part.copy_(self._words(len(part)) < threshold)
+        return mask
+
+    def _box_muller(self, count: int) -> torch.Tensor:
+        """`count` <= _CHUNK standard normals, float64 [count]."""
+        pairs = (count + 1) // 2
+        integers = self._words(2 * pairs).bitwise_and_(2**53 - 1).add_(1)
+        uniform = integers.double().mul_(2.0**-53)  # exact, in (0, 1]: the logarithm is finite
+        radius = uniform[:pairs].log_().mul_(-2).sqrt_()
+        angle = uniform[pairs:].mul_(2 * math.pi)
+        return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)])[:count]
+
+    def _words(self, count: int) -> torch.Tensor:
+        """The next `count` <= _CHUNK words of the stream, int64 [count]."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this generator belongs to process {self._pid}: make one in each forked process"
+            )
+        words = torch.empty(count, dtype=torch.int64, device="cpu")
+        self._stream.update_into(_ZEROS[: 8 * count], words.view(torch.uint8).numpy().data)
+        return words
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a SecureGenerator cannot be copied or pickled: a second copy would repeat the noise")

@@ -1,0 +1,104 @@
+"""The processes that train: a zygote that has imported everything once, and the workers it forks.
+
+Invariant: the zygote has one thread, has touched no GPU and has opened no connection, so a fork of it is whole. It is
+forked by the host before the host starts a thread or opens a channel. Each process dies with its parent.
+"""
+
+import ctypes
+import gc
+import importlib
+import logging
+import os
+import signal
+import socket
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common.config import Policy
+from common.tasks import SHIPPED, TaskError, load_task
+
+log = logging.getLogger(__name__)
+
+# Children of one parent with several BLAS or OpenMP threads hang in their first matrix product; Arrow's allocator
+# starts a thread; asking for a GPU must not create a context that the children would share.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+_PR_SET_PDEATHSIG = 1
+
+
+def start_zygote(policy: Policy) -> socket.socket:
+    """Forks the zygote; returns the socket through which `fork_worker` asks it. Call before any thread starts."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    if os.fork() == 0:
+        ours.close()
+        _run_child(parent, _zygote, policy, theirs)
+    theirs.close()
+    return ours
+
+
+def fork_worker(zygote: socket.socket) -> Connection:
+    """A connection to a new worker. Raises OSError when the zygote is gone."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        socket.send_fds(zygote, [b"fork"], [theirs.fileno()])
+    return Connection(ours.detach())
+
+
+def _zygote(policy: Policy, requests: socket.socket) -> None:
+    os.environ.update(_ENVIRONMENT)
+    serve = importlib.import_module("client.job").serve  # torch, opacus, flwr and the worker's own code
+    _preload(policy.task)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        log.warning("the zygote has %d threads, expected 1: its workers may hang", threads)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
+    gc.collect()
+    gc.freeze()  # keeps the pages of what is loaded shared between workers
+    log.info("ready to fork workers")
+    parent = os.getpid()
+    while True:
+        word, fds, _, _ = socket.recv_fds(requests, 16, 1)
+        if not word:
+            return  # the host is gone
+        (fd,) = fds
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _run_child(parent, serve, policy, Connection(fd))
+        os.close(fd)
+
+
+def _preload(task: str) -> None:
+    """Imports what the task will need: seconds in each worker, once here. What is wrong with it, a worker will say."""
+    if task in SHIPPED:
+        importlib.import_module("flwr_datasets.partitioner")
+    with suppress(TaskError):
+        load_task(task, Path())
+
+
+def _run_child(parent: int, target: Any, *arguments: Any) -> None:
+    """Runs `target` as this process's whole life: nothing of the parent's stack is unwound or flushed."""
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            return
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the host ends its children
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        target(*arguments)
+        status = 0
+    except BaseException as error:
+        # The text of an error may quote a record: only its type and place are written.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        log.error("%s at %s:%s", type(error).__name__, place.filename, place.lineno)
+    finally:
+        os._exit(status)

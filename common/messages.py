@@ -1,0 +1,99 @@
+"""What travels between server and client, as Flower records.
+
+Request:  arrays = the global model's trainable parameters, config = a `Proposal`.
+Reply:    arrays = the noised local parameters, metrics = the public weight, config = a `Standing`; or
+          config = a `Refusal` and its `Standing`. Nothing in a reply depends on the data but the noised parameters.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any, Self
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+ARRAYS, CONFIG, METRICS, REFUSAL, STANDING = "arrays", "config", "metrics", "refusal", "standing"
+WEIGHT = "weight"
+
+
+class Reason(StrEnum):
+    """Why a client did not train. Each is a label of `fl_privacy_refusals_total`."""
+
+    BUDGET = "budget_exhausted"  # the round's worst case does not fit in what is left
+    POLICY = "policy"  # the proposal is outside the owner's terms
+    LEDGER = "ledger"  # the ledger cannot be trusted or written
+    ROLLBACK = "rollback"  # the ledger is behind what the server has seen
+    DUPLICATE = "duplicate"  # this message was charged before
+    MODEL = "model"  # the parameters do not fit the client's own model, or that model is not private
+    DATA = "data"  # the client's data cannot be read
+
+
+class MessageError(ValueError):
+    """A record does not hold what it must."""
+
+
+class _Record:
+    """A frozen dataclass that is a ConfigRecord on the wire; types are checked, unknown keys are refused."""
+
+    def to_record(self) -> ConfigRecord:
+        return ConfigRecord(asdict(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_record(cls, record: Any) -> Self:
+        names: dict[str, Any] = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+        if not isinstance(record, ConfigRecord) or set(record) != set(names):
+            raise MessageError(f"expected a record of {sorted(names)}")
+        for name, wanted in names.items():
+            if type(record[name]) is not wanted:
+                raise MessageError(f"expected {name} as {wanted.__name__}, found {type(record[name]).__name__}")
+        return cls(**record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal(_Record):
+    """What the server asks for in one round."""
+
+    task: str
+    round: int
+    steps: int  # optimiser steps, not epochs
+    learning_rate: float
+    anchor_sequence: int  # newest ledger head the server has seen from this partition; 0: none
+    anchor_head: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing(_Record):
+    """Where a partition's budget stands after this message. All of it follows from public constants."""
+
+    partition: str
+    epsilon_spent: float
+    epsilon_budget: float
+    delta: float
+    rounds_remaining: int  # full rounds under the owner's terms
+    ledger_sequence: int
+    ledger_head: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal(_Record):
+    """A typed no, sent before any record was read."""
+
+    reason: str  # a `Reason`
+    detail: str  # one line for a person
+
+
+def request(arrays: ArrayRecord, proposal: Proposal) -> RecordDict:
+    """The content of one training message."""
+    return RecordDict({ARRAYS: arrays, CONFIG: proposal.to_record()})
+
+
+def update(arrays: ArrayRecord, standing: Standing, *, weight: float) -> RecordDict:
+    """The content of a reply that carries a noised update."""
+    return RecordDict({ARRAYS: arrays, METRICS: MetricRecord({WEIGHT: weight}), STANDING: standing.to_record()})
+
+
+def refusal(reason: Reason, detail: str, standing: Standing | None) -> RecordDict:
+    """The content of a reply that carries none. No standing where the ledger cannot be read."""
+    records = RecordDict({REFUSAL: Refusal(reason=str(reason), detail=detail).to_record()})
+    if standing is not None:
+        records[STANDING] = standing.to_record()
+    return records
