@@ -37,7 +37,7 @@ class SecureGenerator:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Independent draws of N(0, std**2), a tensor of `shape`, `()` for a scalar, on `device`, else the CPU.
+        """Independent draws of N(0, std**2), a tensor of `shape`, `()` for a scalar, on `device` or the CPU.
 
         Box & Muller 1958 in float64 from 53-bit uniforms, then rounded to `dtype`; values end at 8.57
         `std`, which a true normal passes with probability 1e-17. It is a floating-point Gaussian: Mironov
@@ -89,9 +89,7 @@ class SecureGenerator:
     def _words(self, count: int) -> torch.Tensor:
         """The next `count` <= _CHUNK words of the stream, int64 [count]."""
         if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"this generator belongs to process {self._pid}: make one in each forked process"
-            )
+            raise RuntimeError(f"this generator belongs to process {self._pid}: make one in each forked process")
         words = torch.empty(count, dtype=torch.int64, device="cpu")
         self._stream.update_into(_ZEROS[: 8 * count], words.view(torch.uint8).numpy().data)
         return words

@@ -21,7 +21,7 @@ from common.tasks import Data
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """How a step is taken. The owner's `max_grad_norm` and `batch_size` are its terms; the rest is speed and utility."""
+    """How a step is taken. `max_grad_norm` and `batch_size` are the owner's terms; the rest is speed and utility."""
 
     max_grad_norm: float  # L2 bound on one record's gradient
     batch_size: int  # expected records in a batch, the divisor
@@ -47,9 +47,9 @@ class SecureDPOptimizer(DPOptimizer):
         # A record whose gradient is not finite would pass the clip (inf * 0 is NaN) and show itself in the sum:
         # a server may send parameters made for that. It counts as zero, which keeps the bound.
         samples = self.grad_samples
-        norms = (
-            torch.stack([g.flatten(1).norm(dim=1) for g in samples]) if len(samples[0]) else samples[0].new_zeros(1, 0)
-        )
+        norms = samples[0].new_zeros(1, 0)
+        if len(samples[0]):
+            norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in samples])
         bad = ~norms.isfinite().all(dim=0)  # [batch]
         if bad.any():
             for parameter in self.params:
@@ -83,7 +83,8 @@ def train(
     model.train()
     # A model of one layer has no gradient with respect to its input, which torch remarks upon each time.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    wrapped = GradSampleModule(model, loss_reduction="sum", strict=True)
+    # What Opacus would be strict about, client.model_check has checked by its effect.
+    wrapped = GradSampleModule(model, loss_reduction="sum", strict=False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = SecureDPOptimizer(torch.optim.SGD(parameters, lr=step.learning_rate), generator, release, step)
     try:

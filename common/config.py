@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PARTITION_NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
 
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 FilePath = Annotated[Path, Field(strict=False)]
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):[0-9]{1,5}$")]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
@@ -74,7 +74,7 @@ class Privacy(_Section):
 
     epsilon: Positive  # the budget of each partition, over all runs
     delta: Annotated[float, Field(gt=0, lt=1)]
-    noise_multiplier: Positive  # noise stddev / max_grad_norm, dimensionless
+    noise_multiplier: Annotated[float, Field(ge=0.01, le=1e6)]  # noise stddev / max_grad_norm, dimensionless
     max_grad_norm: Positive  # L2 bound on one record's gradient
     batch_size: Count  # expected records in a Poisson batch
     records: Count  # nominal, public: the sample rate is batch_size / records
@@ -167,6 +167,17 @@ class Policy(_Section):
         return self.client.keys / partition / "key"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, without a second value for a key: of two epsilons, which one is the owner's?"""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 Document = TypeVar("Document", Federation, Policy)
 
 
@@ -177,10 +188,10 @@ def load(document: type[Document], path: Path) -> Document:
         ConfigError: with one line per finding.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror} (give the path of a YAML file)") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {content!r}")
@@ -206,7 +217,7 @@ def _line(source: str, finding: Any) -> str:
         case "value_error":
             return f"{source}: {key + '.' if key else ''}{finding['ctx']['error']}"
     fix = ""
-    if isinstance(found, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", found):
+    if isinstance(found, str) and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+", found):
         fix = f" (a YAML float needs a dot: {float(found):.1e})"
     elif isinstance(found, str) and finding["type"].startswith(("float", "int")):
         fix = " (write a number without quotes)"

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,10 +93,11 @@ def _decode_line(line: bytes, number: int, source: Path) -> Entry:
             sequence=content.pop("sequence"), time=content.pop("time"), kind=content.pop("kind"),
             prev=content.pop("prev"), body=content, hash=claimed,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
+        encoded, digest = entry.encode(), hashlib.sha256(_encode(entry._content())).hexdigest()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ChainError(f"{source}: line {number}: not an entry") from None
     # The exact bytes count, not only their meaning: there is one way to write an entry.
-    if entry.encode() != line + b"\n" or claimed != hashlib.sha256(_encode(entry._content())).hexdigest():
+    if encoded != line + b"\n" or claimed != digest:
         raise ChainError(f"{source}: line {number}: edited (its hash does not fit)")
     return entry
 
@@ -103,9 +105,13 @@ def _decode_line(line: bytes, number: int, source: Path) -> Entry:
 def read(path: Path) -> list[Entry]:
     """All entries of the file at `path`, verified."""
     try:
-        return decode(path.read_bytes(), path)
+        raw = path.read_bytes()
+        if not raw.endswith(b"\n"):  # torn, or met while its writer is in the middle of a line
+            time.sleep(0.05)
+            raw = path.read_bytes()
     except OSError as error:
         raise ChainError(f"{path}: {error.strerror}") from error
+    return decode(raw, path)
 
 
 def create(path: Path, kind: str, body: dict[str, Any]) -> None:
@@ -186,9 +192,11 @@ class Chain:
                 os.ftruncate(self._fd, size)
                 raise
             os.fsync(self._fd)
-            self._seen = self._stamp()
+            before, self._seen = self._seen, self._stamp()
         except OSError as error:
             raise ChainError(f"{self.path}: {error.strerror}") from error
+        if self._seen[0] != before[0] + len(line):  # it came between the check and the write
+            raise ChainError(f"{self.path}: changed by another writer")
         self.entries.append(entry)
         return entry
 

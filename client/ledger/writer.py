@@ -61,7 +61,7 @@ def create(path: Path, *, partition: str, privacy: Privacy, anchor: Path | None 
     Raises:
         LedgerError: `path` or `anchor` exists (this partition was used before), or cannot be written.
     """
-    if anchor is not None and anchor.exists():
+    if _read_anchor(anchor):
         raise LedgerError(f"{anchor}: exists already: partition {partition} was used before, find its ledger")
     fixed = privacy.accounting == "fixed"
     body = {
@@ -96,20 +96,20 @@ class Ledger:
         Raises:
             LedgerError: missing, held by another client, not to be trusted, or of other terms than `privacy`.
         """
-        if not path.exists():
-            raise LedgerError(
-                f"{path}: missing. If partition {partition} was never used: python -m client.ledger create."
-                " If it was: find its ledger, what it spent is not known"
-            )
         try:
             file = chain.Chain.open(path)
         except ChainError as error:
-            raise LedgerError(str(error)) from None
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise LedgerError(str(error)) from None
+            raise LedgerError(
+                f"{path}: missing. If partition {partition} was never used: python -m client.ledger create."
+                " If it was: find its ledger, what it spent is not known"
+            ) from None
         try:
             ledger = cls(file, anchor=anchor)
             ledger._require(partition, privacy)
-            if anchor is not None and anchor.exists():
-                ledger.require_head(_read_anchor(anchor))
+            if seen := _read_anchor(anchor):
+                ledger.require_head(seen)
             ledger._append("open", {"epoch": ledger.account.epoch + 1})
             if ledger.account.budget != privacy.epsilon:
                 ledger._append("budget", {"epsilon": float(privacy.epsilon)})
@@ -213,11 +213,18 @@ class Ledger:
         return LedgerError(self._broken)
 
 
-def _read_anchor(path: Path) -> Head:
+def _read_anchor(path: Path | None) -> Head | None:
+    if path is None:
+        return None
     try:
-        return Head(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        head = Head(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LedgerError(f"{path}: not a ledger's anchor: {error}") from None
+    if type(head.sequence) is not int or type(head.hash) is not str:
+        raise LedgerError(f"{path}: not a ledger's anchor: {head}")
+    return head
 
 
 def _write_anchor(path: Path, head: Head) -> None:

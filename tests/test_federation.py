@@ -1,0 +1,130 @@
+"""The federation end to end: real processes, TLS, node keys, ledgers, metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from client.policy import worst_round
+from tests.federation import ROOT, Federation, descendants, federation, wait_for
+
+
+def metrics(port: int) -> dict[tuple[str, str], float]:
+    """All samples by (name, partition)."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, sample.labels.get("partition", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def show(run: Federation, partition: str) -> dict[str, float]:
+    """What `python -m client.ledger show --json` prints."""
+    output = subprocess.check_output(
+        [sys.executable, "-m", "client.ledger", "show", str(run.ledger_path(partition)), "--json"], cwd=ROOT
+    )
+    return json.loads(output)
+
+
+def finish(run: Federation) -> dict:
+    """Runs to the end; the summary."""
+    server = run.start_server()
+    client = run.start_client()
+    assert server.wait(timeout=120) == 0, run.log("server")
+    client.terminate()
+    assert client.wait(timeout=30) == 0, run.log("client")
+    return json.loads((run.folder / "runs/latest/summary.json").read_text())
+
+
+def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Path) -> None:
+    with federation(tmp_path) as run:
+        first = finish(run)
+        assert first["rounds_completed"] == 3
+        assert first["test_accuracy"] > 0.6
+        spent = {p["partition"]: p["epsilon_spent"] for p in first["partitions"]}
+        assert set(spent) == set(run.partitions)
+        for name in run.partitions:
+            account = run.account(name)
+            assert spent[name] == account.epsilon_spent
+            assert (len(account.messages), account.commits) == (3, 3)
+
+        second = finish(run)
+        assert second["run"] != first["run"]
+        for row in second["partitions"]:
+            assert row["epsilon_spent"] > spent[row["partition"]]
+            assert run.account(row["partition"]).commits == 6
+
+        run.policy_content["privacy"]["epsilon"] = 0.5
+        run.configure()
+        third = finish(run)
+        assert third["reason"] == "exhausted"
+        assert third["rounds_completed"] == 0
+        for row in third["partitions"]:
+            assert row["exhausted"]
+            assert row["refusals"] == 1
+            assert row["epsilon_budget"] == 0.5
+            assert run.account(row["partition"]).commits == 6
+
+        run.policy_content["privacy"]["epsilon"] = 9.0  # the owner may raise it again: an entry, not a new ledger
+        run.configure()
+        fourth = finish(run)
+        assert fourth["rounds_completed"] == 3
+        kinds = [json.loads(line)["kind"] for line in run.ledger_path(run.partitions[0]).read_text().splitlines()]
+        assert kinds.count("budget") == 2
+        assert kinds.count("create") == 1
+
+
+def test_metrics_are_the_ledger_during_a_run(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=500, privacy={"noise_multiplier": 20.0}) as run:
+        server = run.start_server()
+        run.start_client()
+        for commits in (1, 6):
+            wait_for(lambda commits=commits: run.account(run.partitions[0]).commits >= commits, f"{commits} rounds")
+            with paused(server.pid):  # so that no round ends between the scrape and the ledger's own word
+                for name in run.partitions:
+                    wait_for(lambda name=name: not run.account(name).open, "the round in flight")
+                    shown, scraped = show(run, name), metrics(run.client_metrics)
+                    assert shown["epsilon_spent"] > 0
+                    assert scraped["fl_privacy_epsilon_spent", name] == shown["epsilon_spent"]
+                    assert scraped["fl_privacy_epsilon_reserved", name] == shown["epsilon_reserved"] == 0
+                    assert scraped["fl_privacy_epsilon_budget", name] == shown["epsilon_budget"]
+                    assert scraped["fl_privacy_ledger_sequence", name] == shown["sequence"]
+                    assert scraped["fl_privacy_ledger_ok", name] == 1
+                    assert scraped["fl_client_connected", name] == 1
+        assert metrics(run.server_metrics)["fl_server_round", ""] >= 6
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """The process and all it started stand still."""
+    stopped = [pid, *descendants(pid)]
+    for each in stopped:
+        os.kill(each, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in stopped:
+            os.kill(each, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("accounting", ["fixed", "adaptive"])
+def test_the_ledger_stops_the_run_at_the_budget(tmp_path: Path, accounting: str) -> None:
+    terms = {"noise_multiplier": 1.5, "epsilon": 1.5, "accounting": accounting}
+    with federation(tmp_path, rounds=50, privacy=terms) as run:
+        summary = finish(run)
+        assert summary["reason"] == "exhausted"
+        assert 1 <= summary["rounds_completed"] < 50
+        for name in run.partitions:
+            account = run.account(name)
+            assert account.mode == accounting
+            assert account.epsilon_spent <= 1.5 < account.epsilon_with(worst_round(run.policy.privacy))
