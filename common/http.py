@@ -1,8 +1,9 @@
 """A small HTTP server for `/metrics` and `/healthz`, on a thread of its own."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -11,7 +12,16 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    allow_reuse_address = True
+
+    def server_bind(self) -> None:
+        """Without the standard library's reverse look-up of our own name, which can stall a start."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+        self.setup_environ()
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(WSGIRequestHandler):
@@ -28,8 +38,9 @@ def serve(application: Application, address: str) -> WSGIServer:
         OSError: the address cannot be had; its text names the address.
     """
     host, port = address.rsplit(":", 1)
+    kind = _ServerV6 if host.startswith("[") else _Server
     try:
-        server = make_server(host.strip("[]"), int(port), application, _Server, _Handler)
+        server = make_server(host.strip("[]"), int(port), application, kind, _Handler)
     except OSError as error:
         raise OSError(error.errno, f"{address}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()

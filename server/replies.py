@@ -1,0 +1,138 @@
+"""Reading what a client sent. Nothing in it is believed: not its name, its sizes, its numbers, nor its texts."""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from common.messages import (
+    ARRAYS,
+    METRICS,
+    REFUSAL,
+    STANDING,
+    WEIGHT,
+    MessageError,
+    Reason,
+    Refusal,
+    Standing,
+)
+from server.checkpoint import Anchor
+
+MAX_WEIGHT = 1e9  # keeps the sum of weights finite; weights are the owners' public constants, such as a nominal size
+
+_MAX_TEXT = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """A partition trained: its noised parameters, which fit the global model and are finite."""
+
+    arrays: ArrayRecord
+    weight: float
+    standing: Standing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A partition said no, before reading a record."""
+
+    reason: Reason
+    detail: str
+    standing: Standing | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """No usable reply."""
+
+    reason: str
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read(message: Message, partition: str, *, anchor: Anchor, shapes: Shapes) -> Update | Refused | Failed:
+    """The reply of the node that is registered as `partition`, to a server that knows its ledger up to `anchor`."""
+    if message.has_error():
+        return Failed(reason=one_line(f"error {message.error.code}: {message.error.reason}"))
+    content = message.content
+    try:
+        if REFUSAL in content:
+            return _refused(content, partition, anchor)
+        standing = _standing(content.get(STANDING), partition)
+        # A client pays before it trains, so an update's ledger is ahead of the one that was known before.
+        if standing.ledger_sequence <= anchor.sequence:
+            raise MessageError(
+                f"expected a ledger beyond {anchor.sequence}, found {standing.ledger_sequence}"
+            )
+        if set(content) != {ARRAYS, METRICS, STANDING}:
+            raise MessageError(f"expected arrays, metrics and standing, found {sorted(content)}")
+        arrays = _arrays(content[ARRAYS], shapes)
+        return Update(arrays=arrays, weight=_weight(content[METRICS]), standing=standing)
+    # Besides ours, whatever Flower and NumPy raise about bytes that are not what they should be.
+    except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError) as error:
+        return Failed(reason=one_line(str(error) or repr(error)))
+
+
+def one_line(text: str | None) -> str:
+    """A client's text as something that can be logged: printable, on one line, not long."""
+    line = " ".join((text or "").split())
+    return "".join(letter for letter in line if letter.isprintable())[:_MAX_TEXT]
+
+
+def _refused(content: RecordDict, partition: str, anchor: Anchor) -> Refused:
+    refusal = Refusal.from_record(content[REFUSAL])
+    if refusal.reason not in list(Reason):
+        raise MessageError(f"expected a reason among {', '.join(Reason)}, found {refusal.reason!r}")
+    standing = _standing(content[STANDING], partition) if STANDING in content else None
+    if standing and standing.ledger_sequence < anchor.sequence:
+        standing = None  # a ledger that is behind says so by refusing; its figures are out of date
+    return Refused(reason=Reason(refusal.reason), detail=one_line(refusal.detail), standing=standing)
+
+
+def _standing(record: object, partition: str) -> Standing:
+    standing = Standing.from_record(record)
+    if standing.partition != partition:
+        raise MessageError(f"expected the standing of {partition}, found one of {standing.partition!r}")
+    figures = (standing.epsilon_spent, standing.epsilon_budget, standing.delta)
+    if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
+        raise MessageError(f"expected finite figures of at least 0, found {figures}")
+    if min(standing.rounds_remaining, standing.ledger_sequence) < 0:
+        raise MessageError("expected counts of at least 0")
+    if len(standing.ledger_head) > _MAX_TEXT:
+        raise MessageError(f"expected a ledger head of at most {_MAX_TEXT} characters")
+    return standing
+
+
+def _arrays(record: object, shapes: Shapes) -> ArrayRecord:
+    if not isinstance(record, ArrayRecord) or set(record) != set(shapes):
+        raise MessageError(f"expected the {len(shapes)} arrays of the model")
+    for name, shape in shapes.items():
+        found = _header(record[name])
+        if found != (shape, np.dtype(np.float32)):
+            raise MessageError(f"{name}: expected float32 of shape {shape}, found {found[1]} of {found[0]}")
+        if not np.isfinite(record[name].numpy()).all():
+            raise MessageError(f"{name}: expected finite values")
+    return record
+
+
+def _header(array: Array) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    """Shape and type from the bytes themselves. NumPy would allocate whatever they claim before it looks further."""
+    stream = io.BytesIO(array.data)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise MessageError(f"expected an array in format 1.0, found {version}")
+    shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+    return shape, kind
+
+
+def _weight(record: object) -> float:
+    if not isinstance(record, MetricRecord) or set(record) != {WEIGHT}:
+        raise MessageError(f"expected one metric, {WEIGHT}")
+    weight = record[WEIGHT]
+    if not isinstance(weight, float) or not 0 < weight <= MAX_WEIGHT:
+        raise MessageError(f"expected {WEIGHT} above 0 and at most {MAX_WEIGHT:g}, found {weight}")
+    return weight

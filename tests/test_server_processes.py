@@ -1,0 +1,87 @@
+"""The server's processes on a real SuperLink with TLS and node keys: they come back after a kill and go when told."""
+
+import os
+import signal
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server import locks
+from tests.federation import Federation, command, descendants, federation, wait_for
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with federation(tmp_path_factory.mktemp("server")) as made:
+        yield made
+
+
+def one(server: subprocess.Popen[bytes], name: str) -> int:
+    """The process of that name below the server."""
+    return wait_for(lambda: [pid for pid in descendants(server.pid) if name in command(pid)], name)[0]
+
+
+def alive(pid: int) -> bool:
+    return command(pid) != ""  # an ended process that nobody waited for has none
+
+
+def rounds_begun(run: Federation) -> int:
+    return run.log("server").count(": waiting for 2 partitions")
+
+
+def test_a_killed_serverapp_comes_back_and_a_second_server_is_refused(run: Federation) -> None:
+    server = run.start_server()
+    wait_for(lambda: rounds_begun(run) == 1, "a ServerApp that waits for clients")
+    second = run.start_server()
+    assert second.wait(timeout=20) == 2
+    assert "state/server is in use by another python -m server" in run.log("server")
+    superlink = one(server, "flower-superlink")
+    os.kill(one(server, "flwr-serverapp"), signal.SIGKILL)
+    wait_for(lambda: rounds_begun(run) == 2, "another ServerApp")
+    assert "the ServerApp ended without an outcome (crash 1 of at most 5" in run.log("server")
+    assert not alive(superlink)  # whose state still had the old run
+
+    below = descendants(server.pid)
+    server.kill()  # the server itself, outright
+    server.wait()
+    wait_for(lambda: not any(map(alive, below)), "the end of all that it started", 30)
+
+    server = run.start_server()  # at once, on the same ports
+    wait_for(lambda: rounds_begun(run) == 3, "a run that goes on")
+    assert len(list((run.folder / "runs").iterdir())) == 2  # one run and `latest`
+    below = descendants(server.pid)
+    server.terminate()
+    assert server.wait(timeout=20) == 128 + signal.SIGTERM
+    assert not any(map(alive, below))
+    assert not locks.is_held(run.folder / "state/server/server.lock")
+
+
+def test_ctrl_c_while_superlink_starts_leaves_nothing(run: Federation) -> None:
+    server = run.start_server()
+    superlink = one(server, "flower-superlink")
+    below = descendants(server.pid)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=20) == 128 + signal.SIGINT
+    assert not any(map(alive, [superlink, *below]))
+
+
+def test_the_control_api_is_on_loopback_and_speaks_tls_only(run: Federation) -> None:
+    before = rounds_begun(run)
+    server = run.start_server(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    wait_for(lambda: rounds_begun(run) > before, "a run, submitted and started in spite of a dead proxy")
+    sockets = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    assert f"0100007F:{run.control:04X}" in sockets
+    assert f"00000000:{run.control:04X}" not in sockets
+    trusted = ssl.create_default_context(cafile=str(run.folder / "state/pki/public/ca.crt"))
+    plain = urllib.request.ProxyHandler({})
+    opener = urllib.request.build_opener(plain, urllib.request.HTTPSHandler(context=trusted))
+    assert opener.open(f"https://127.0.0.1:{run.control}/health", timeout=5).status == 200
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.build_opener(plain).open(f"http://127.0.0.1:{run.control}/health", timeout=5)
+    server.terminate()
+    server.wait(timeout=20)
