@@ -57,8 +57,11 @@ class Bench:
                 task = load_task(self.policy.task, self.policy.data_root)
                 public = task.test_data()
                 check_model(task.model(), task.loss, public.inputs[:PROBE_RECORDS], public.targets[:PROBE_RECORDS])
-            except (ModelRefused, TaskError) as error:
+            except ModelRefused as error:
                 raise Refused(Reason.MODEL, str(error)) from None
+            except TaskError as error:
+                log.error("%s", error)  # it may name this machine's paths
+                raise Refused(Reason.MODEL, f"the task {self.policy.task} cannot be loaded here") from None
             self._task = task
         return self._task
 
@@ -136,6 +139,8 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def _parse(content: RecordDict) -> tuple[Proposal, ArrayRecord]:
+    if set(content) - {messages.ARRAYS, messages.CONFIG}:
+        raise Refused(Reason.POLICY, f"request: expected no records but {messages.ARRAYS} and {messages.CONFIG}")
     try:
         proposal = Proposal.from_record(content.get(messages.CONFIG))
     except MessageError as error:

@@ -5,6 +5,7 @@ SuperNode does. The server's app bundle (FAB) is never asked for. `unpack` and `
 channel: a message is parsed in a process that may die without harm.
 """
 
+import ipaddress
 import json
 import os
 import socket
@@ -19,8 +20,8 @@ from typing import Any
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 
 import grpc
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization.ssh import load_ssh_private_key
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
@@ -40,16 +41,21 @@ from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    is_valid_sha256_hash,
     iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from common.certificates import PkiError, load_certificate, load_key
+
 HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL / 2
 CALL_SECONDS = 60.0
 OBJECT_SECONDS = 120.0  # for the server to have an object that it announced
 MAX_MESSAGE_BYTES = 2**31 - 1
+MAX_RECONNECT_MS = 5_000  # gRPC's own is two minutes, in which a server that is back is not seen
+MAX_TEXT = 300
 CLIENT_APP_CRASHED = int(ErrorCode.CLIENT_APP_CRASHED)
 
 
@@ -59,6 +65,10 @@ class FleetError(Exception):
     def __init__(self, text: str, *, retry: bool) -> None:
         super().__init__(text)
         self.retry = retry
+
+
+class BrokenMessage(Exception):
+    """The server announced a message that cannot be had whole. Nothing else is wrong with the connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,20 +114,37 @@ def pack(reply: Message) -> Outbound:
 
 def failure(inbound: Inbound, reason: str) -> Outbound:
     """An error reply to a message whose content was never parsed."""
-    envelope = message_from_proto(proto.Message.FromString(inbound.envelope))
-    return pack(Message(Error(code=CLIENT_APP_CRASHED, reason=reason), reply_to=envelope))
+    envelope = proto.Message.FromString(inbound.envelope)
+    envelope.ClearField("content")
+    reply_to = message_from_proto(envelope)
+    return pack(Message(Error(code=CLIENT_APP_CRASHED, reason=reason), reply_to=reply_to))
+
+
+_REFUSED = (
+    "register it with the server; one that is registered is refused while another live client uses it,"
+    " and for up to a minute after one that was killed; the clocks must agree"
+)
+_CERTIFICATE_FIXES = {  # by OpenSSL's verify codes
+    9: "it is valid from a later time: compare this clock with the server's",
+    10: "on the server: python -m common.pki renew",
+    62: "client.server_address must be one of its names; on the server: python -m common.pki renew --san NAME",
+    64: "client.server_address must be one of its names; on the server: python -m common.pki renew --san ADDRESS",
+}
 
 
 class Fleet:
     """The channel to one server."""
 
     def __init__(self, address: str, ca_certificate: Path) -> None:
+        """Opens no connection yet. Raises OSError, or PkiError, if the CA's certificate cannot be used."""
         self.address = address
         self._ca = ca_certificate
+        load_certificate(ca_certificate)  # gRPC would take anything, and then refuse every server
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.keepalive_time_ms", 210_000),
+            ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
         ]
         if is_loopback(address):
             options.append(("grpc.enable_http_proxy", 0))  # gRPC would ask the proxy even for 127.0.0.1
@@ -130,11 +157,9 @@ class Fleet:
 
     def explain(self) -> str:
         """Why the server cannot be reached: one line for a person, found by trying what gRPC tries."""
-        proxy = proxy_in_the_way(self.address)
-        if proxy:
-            host = split_address(self.address)[0]
-            return f"{self.address}: not reached through the proxy {proxy} (to go without it: no_proxy={host})"
         host, port = split_address(self.address)
+        if proxy := proxy_in_the_way(self.address):
+            return f"{self.address}: not reached through the proxy {proxy} (to go without it: no_proxy={host})"
         try:
             context = ssl.create_default_context(cafile=str(self._ca))
             with (
@@ -143,9 +168,13 @@ class Fleet:
             ):
                 return f"{self.address}: TLS works, the server does not answer yet"
         except ssl.SSLCertVerificationError as error:
-            return f"{self.address}: its certificate is refused by {self._ca}: {error.verify_message}"
-        except OSError as error:
-            return f"{self.address}: {error.strerror or error}"
+            fix = _CERTIFICATE_FIXES.get(error.verify_code, f"{self._ca} is not the CA of this server")
+            return f"{self.address}: the server's certificate is refused: {error.verify_message.rstrip('.')} ({fix})"
+        except ssl.SSLError as error:
+            return f"{self.address}: no TLS: {error.reason or error} (is this the server's Fleet address?)"
+        except (OSError, OverflowError) as error:
+            text = getattr(error, "strerror", None) or error
+            return f"{self.address}: {text} (is the server running, and is client.server_address right?)"
 
 
 class Node:
@@ -153,12 +182,21 @@ class Node:
 
     def __init__(self, fleet_: Fleet, key_path: Path) -> None:
         self._fleet = fleet_
-        key = load_ssh_private_key(key_path.read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key_path}: expected an EC key")
-        self._key = key
-        self._public = public_key_to_bytes(key.public_key())
+        self._key_path = key_path
+        self._key: ec.EllipticCurvePrivateKey | None = None
         self._node: NodeProto | None = None
+
+    def load_key(self) -> ec.EllipticCurvePrivateKey:
+        """The partition's key, read once. Raises FleetError when it is missing or none that Flower takes."""
+        if self._key is None:
+            try:
+                self._key = load_key(self._key_path)
+            except OSError as error:
+                text = f"{self._key_path}: {error.strerror} (it is the partition's key: put it there)"
+                raise FleetError(text, retry=False) from None
+            except (PkiError, UnsupportedAlgorithm) as error:
+                raise FleetError(str(error), retry=False) from None
+        return self._key
 
     @property
     def active(self) -> bool:
@@ -166,8 +204,14 @@ class Node:
 
     def activate(self) -> None:
         """Joins the fleet. Refused while the key is not registered, or another live node holds it."""
-        request = fleet.ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        response = self._call(self._fleet.stub.ActivateNode, request)
+        public = public_key_to_bytes(self.load_key().public_key())
+        request = fleet.ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        try:
+            response = self._call(self._fleet.stub.ActivateNode, request)
+        except FleetError as error:
+            if error.retry:
+                raise
+            raise FleetError(f"the server refuses {self._key_path}: {error} ({_REFUSED})", retry=False) from None
         self._node = NodeProto(node_id=response.node_id)
 
     def deactivate(self) -> None:
@@ -185,23 +229,36 @@ class Node:
             raise FleetError("the server does not know this node", retry=True)
 
     def receive(self) -> Inbound | None:
-        """The next message with all its objects, or None."""
+        """The next message with all its objects, or None.
+
+        Raises:
+            FleetError: the server cannot be reached, or does not know this node.
+            BrokenMessage: only this message is lost: its run ended meanwhile, or the server is not honest.
+        """
         response = self._call(self._fleet.stub.PullMessages, fleet.PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        metadata = response.messages_list[0].metadata
-        objects = {
-            tree.object_id: self._pull(metadata.run_id, tree.object_id)
-            for tree in iterate_object_tree(response.message_object_trees[0])
-        }
+        message = response.messages_list[0]
+        metadata = message.metadata
+        if not response.message_object_trees or not is_valid_sha256_hash(metadata.message_id):
+            raise BrokenMessage("it has no tree of objects, or no hash for a name")  # the name goes into the ledger
         confirm = proto.ConfirmMessageReceivedRequest(
             node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
-        self._call(self._fleet.stub.ConfirmMessageReceived, confirm)
+        try:
+            objects = {
+                tree.object_id: self._pull(metadata.run_id, tree.object_id)
+                for tree in iterate_object_tree(response.message_object_trees[0])
+            }
+            self._call(self._fleet.stub.ConfirmMessageReceived, confirm)
+        except FleetError as error:
+            if error.retry:
+                raise
+            raise BrokenMessage(str(error)) from None
         return Inbound(
             run_id=metadata.run_id,
             message_id=metadata.message_id,
-            envelope=response.messages_list[0].SerializeToString(),
+            envelope=message.SerializeToString(),
             objects=objects,
         )
 
@@ -232,14 +289,15 @@ class Node:
             if response.object_available:
                 return bytes(response.object_content)
             time.sleep(0.1)
-        raise FleetError(f"the server has no object {object_id} of a message that it sent", retry=False)
+        raise FleetError(f"the server has no object {_line(object_id)} of a message that it sent", retry=False)
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         timestamp = now().isoformat()
+        key = self.load_key()
         metadata = (
-            (PUBLIC_KEY_HEADER, self._public),
+            (PUBLIC_KEY_HEADER, public_key_to_bytes(key.public_key())),
             (TIMESTAMP_HEADER, timestamp),
-            (SIGNATURE_HEADER, sign_message(self._key, timestamp.encode("ascii"))),
+            (SIGNATURE_HEADER, sign_message(key, timestamp.encode("ascii"))),
         )
         try:
             return method(request, metadata=metadata, timeout=CALL_SECONDS)
@@ -252,7 +310,12 @@ def _translate(error: grpc.RpcError) -> FleetError:
     with suppress(ValueError, KeyError, TypeError):
         details = json.loads(details)["public_message"]  # Flower's own errors are JSON
     retry = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    return FleetError(f"{code.name.lower()}: {' '.join(details.split())}", retry=retry)
+    return FleetError(f"{code.name.lower()}: {_line(str(details))}", retry=retry)
+
+
+def _line(text: str) -> str:
+    """A server's text as something that can be logged: printable, on one line, not long."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())[:MAX_TEXT]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -267,12 +330,22 @@ def is_loopback(address: str) -> bool:
 
 
 def proxy_in_the_way(address: str) -> str | None:
-    """The proxy that gRPC goes through for `address`: it reads these variables, in lower case only."""
+    """The proxy, less its password, that gRPC uses for `address`: it reads these variables, in lower case only."""
     if is_loopback(address):
         return None
     host = split_address(address)[0]
     exceptions = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112 (as gRPC does)
-    if any(host.endswith(suffix.strip()) for suffix in exceptions.split(",") if suffix.strip()):
+    if any(_excepted(host, entry.strip()) for entry in exceptions.split(",") if entry.strip()):
         return None
     names = ("grpc_proxy", "https_proxy", "http_proxy")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    return proxy.rpartition("@")[2] if proxy else None
+
+
+def _excepted(host: str, entry: str) -> bool:
+    """Whether an entry of `no_proxy`, a suffix or a network, covers the host."""
+    if host.lower().endswith(entry.lower()):
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    return False

@@ -8,6 +8,7 @@ from client.exporter import application
 from client.fleet import HEARTBEAT_SECONDS, Fleet, proxy_in_the_way
 from client.member import Member
 from client.workers import Workers, ZygoteDied
+from common.certificates import PkiError
 from common.config import Policy
 from common.http import serve
 
@@ -29,12 +30,23 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     """
     workers = Workers(zygote, policy.training.max_workers)
     address = policy.client.server_address
+    authority, metrics = policy.client.ca_certificate, policy.client.metrics_address
     try:
-        fleet = Fleet(address, policy.client.ca_certificate)
-        members = [Member(partition, policy, fleet, workers) for partition in policy.partitions]
-        serve(application(policy, members, workers), policy.client.metrics_address)
-    except (OSError, ValueError) as error:
-        raise HostError(f"cannot start: {error}") from error
+        fleet = Fleet(address, authority)
+    except OSError as error:
+        raise HostError(
+            f"client.ca_certificate: {authority}: {error.strerror} (the server's operator has it)"
+        ) from error
+    except PkiError as error:
+        raise HostError(f"client.ca_certificate: {error}") from error
+    members = [Member(partition, policy, fleet, workers) for partition in policy.partitions]
+    if all(problems := [member.key_problem() for member in members]):
+        raise HostError(f"no partition has a key that can be used: {problems[0]}")
+    try:
+        serve(application(policy, members, workers), metrics)
+    except (OSError, OverflowError) as error:
+        text = getattr(error, "strerror", None) or error
+        raise HostError(f"client.metrics_address: {text} (stop what uses it, or choose another)") from error
     if proxy := proxy_in_the_way(address):
         log.warning("the server %s is reached through the proxy %s (no_proxy names hosts without one)", address, proxy)
 

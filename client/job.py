@@ -17,7 +17,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from client.accounting import Release
 from client.app import Bench, client_app
 from client.dialogue import Ask, Denied, Done, Job
-from client.fleet import CLIENT_APP_CRASHED, pack, unpack
+from client.fleet import CLIENT_APP_CRASHED, Outbound, failure, pack, unpack
 from client.ledger import Head
 from client.policy import Refused
 from common.config import Policy
@@ -69,7 +69,24 @@ def serve(policy: Policy, host: Connection) -> None:
 def _answer(job: Job, bench: Bench, host: Connection) -> Done:
     started = time.monotonic()
     budget = RemoteBudget(host)
-    message = unpack(job.inbound)
+    outbound, refused = _reply(job, bench, budget)
+    return Done(
+        outbound=outbound,
+        round=bench.round,
+        seconds=time.monotonic() - started,
+        steps=budget.steps,
+        refused=refused,
+        gpu_memory_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
+    )
+
+
+def _reply(job: Job, bench: Bench, budget: RemoteBudget) -> tuple[Outbound, Reason | None]:
+    name = job.partition.name
+    try:
+        message = unpack(job.inbound)
+    except Exception as error:
+        log.warning("%s: a message cannot be read: %s", name, type(error).__name__)
+        return failure(job.inbound, f"the message cannot be read: {type(error).__name__}"), None
     context = Context(
         run_id=job.inbound.run_id,
         node_id=message.metadata.dst_node_id,
@@ -84,16 +101,9 @@ def _answer(job: Job, bench: Bench, host: Connection) -> Done:
     except Exception as error:
         # The text of an error may quote a record: only its type leaves, only its type and place are logged.
         place = traceback.extract_tb(error.__traceback__)[-1]
-        log.error("%s: %s at %s:%s", job.partition.name, type(error).__name__, place.filename, place.lineno)
+        log.error("%s: %s at %s:%s", name, type(error).__name__, place.filename, place.lineno)
         reply = Message(Error(code=CLIENT_APP_CRASHED, reason=type(error).__name__), reply_to=message)
-    return Done(
-        outbound=pack(reply),
-        round=bench.round,
-        seconds=time.monotonic() - started,
-        steps=budget.steps,
-        refused=_refused(reply),
-        gpu_memory_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
-    )
+    return pack(reply), _refused(reply)
 
 
 def _refused(reply: Message) -> Reason | None:

@@ -10,7 +10,7 @@ import time
 
 from client.conversation import Conversation
 from client.dialogue import Job
-from client.fleet import Fleet, FleetError, Inbound, Node, Outbound, failure
+from client.fleet import BrokenMessage, Fleet, FleetError, Inbound, Node, Outbound, failure
 from client.ledger import Ledger, LedgerError
 from client.workers import WorkerDied, Workers
 from common.config import Partition, Policy
@@ -51,15 +51,20 @@ class Member:
             try:
                 if not self._node.active:
                     self._node.activate()
-                    self._say("connected")
-                    self.connected = True
                 inbound = self._node.receive()
-                delay = BACK_OFF_SECONDS[0]
             except FleetError as error:
-                self._lost(error)
+                self._not_connected(error)
                 stop.wait(delay * _jitter())
                 delay = min(BACK_OFF_SECONDS[1], 2 * delay)
                 continue
+            except BrokenMessage as error:
+                log.warning("%s: a message stays unanswered: %s", self.partition.name, error)
+                stop.wait(poll)
+                continue
+            delay = BACK_OFF_SECONDS[0]
+            if not self.connected:
+                self.connected = True
+                self._say("connected")
             if inbound is None:
                 stop.wait(poll * _jitter())
                 poll = min(self._idle_seconds, 1.2 * poll)
@@ -67,6 +72,14 @@ class Member:
             poll = POLL_SECONDS
             self._serve(inbound, stop)
         self._leave()
+
+    def key_problem(self) -> str | None:
+        """What is wrong with the partition's key; it is looked for again until it is right."""
+        try:
+            self._node.load_key()
+        except FleetError as error:
+            return str(error)
+        return None
 
     def heartbeat(self) -> None:
         """Tells the server that this node lives. Called for all members by one thread."""
@@ -127,15 +140,12 @@ class Member:
             self._say(f"trains nothing: {error}", logging.ERROR)
         return self._ledger
 
-    def _lost(self, error: FleetError) -> None:
-        self._node.lost()
+    def _not_connected(self, error: FleetError) -> None:
         self.connected = False
-        text = (
-            self._fleet.explain()
-            if error.retry
-            else f"{error} (the server must know this key, and no other live node may use it)"
-        )
-        self._say(f"not connected: {text}", logging.WARNING)
+        if not error.retry:
+            # Where it cannot be reached it may come back as it was, and would refuse a node that it believes alive.
+            self._node.lost()
+        self._say(f"not connected: {self._fleet.explain() if error.retry else error}", logging.WARNING)
 
     def _leave(self) -> None:
         self.connected = False

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +133,8 @@ def create(path: Path, kind: str, body: dict[str, Any]) -> None:
     except OSError as error:
         raise ChainError(f"{path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left behind is in nobody's way
+            temporary.unlink(missing_ok=True)
 
 
 class Chain:
