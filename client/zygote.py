@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Policy
-from common.tasks import SHIPPED, TaskError, load_task
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +78,8 @@ def _zygote(policy: Policy, requests: socket.socket) -> None:
 
 def _preload(task: str) -> None:
     """Imports what the task will need: seconds in each worker, once here. What is wrong with it, a worker will say."""
+    from common.tasks import SHIPPED, TaskError, load_task  # numpy's threads: not before the environment is set
+
     if task in SHIPPED:
         importlib.import_module("flwr_datasets.partitioner")
     with suppress(TaskError):

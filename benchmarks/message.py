@@ -1,0 +1,113 @@
+"""What a client pays for one message with almost no training, beside a stock flower-supernode doing the same.
+
+One DP-SGD step on 64 real digits, every record in the batch; TLS and node keys on. Counted is the clients' side only:
+every process of it, from the end of one round to the end of the next, waiting included, after warm-up rounds.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from benchmarks import federation, few_digits, stock
+from benchmarks.processes import MemoryPeak, cpu_seconds, memory_mb
+from benchmarks.report import Result, Row
+from common.config import Partition, Privacy, Training
+
+STOCK = (1, 4)  # clients, one flower-supernode each; many more than cores do not come through a round
+OURS = (1, 4, 50)  # partitions in one client process
+WARM_UP, MEASURED = 3, 5  # rounds; one warm-up is enough for stock, which starts a process for each message
+_IDLE_SECONDS = 5.0  # until our workers end
+_SETTLE_SECONDS = 7.0  # from the last round to the look at idle memory
+STOCK_NAME, OUR_NAME = "stock SuperNodes", "one process"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Of the whole clients' side."""
+
+    clients: int
+    cpu: Sequence[float]  # seconds per message, one for each measured round
+    idle_mb: float
+    busy_mb: float  # the most that was seen
+
+
+def run() -> Result:
+    costs = {}
+    for clients in STOCK:
+        with stock.train(clients, rounds=1 + MEASURED) as run:
+            costs[STOCK_NAME, clients] = _measure(run, clients)
+    for clients in OURS:
+        with _ours(clients) as run:
+            costs[OUR_NAME, clients] = _measure(run, clients)
+    rows = [_row(variant, cost, costs[STOCK_NAME, 1]) for (variant, _), cost in costs.items()]
+    return Result(
+        measures="median_s: CPU seconds of the clients' side per message; memory: PSS in MB per client, idle after work"
+        " and the most seen at work; ratios: to one stock SuperNode",
+        rows=rows,
+        findings=[_finding(row) for row in rows if row.variant == OUR_NAME],
+    )
+
+
+def _ours(clients: int) -> AbstractContextManager[federation.Run]:
+    privacy = Privacy(
+        epsilon=100.0,
+        delta=1e-5,
+        noise_multiplier=3.0,
+        max_grad_norm=0.25,
+        batch_size=few_digits.RECORDS,
+        records=few_digits.RECORDS,
+        max_steps_per_round=1,
+        accounting="adaptive",
+    )
+    members = [Partition(name=f"few-{index}", index=index, of=clients) for index in range(clients)]
+    training = Training(device="cpu", idle_seconds=_IDLE_SECONDS)
+    return federation.train(
+        members, privacy, training, task=few_digits.SPEC, rounds=WARM_UP + MEASURED, learning_rate=16.0
+    )
+
+
+def _measure(run: stock.Run | federation.Run, clients: int) -> Cost:
+    rounds = run.completed()
+    with MemoryPeak(run.clients, every=0.2) as peak:  # not later: looking costs CPU
+        for _ in range(run.rounds - MEASURED):
+            next(rounds)
+    cpu = [cpu_seconds(run.clients)]
+    cpu += [cpu_seconds(run.clients) for _ in rounds]
+    time.sleep(_SETTLE_SECONDS)
+    return Cost(
+        clients=clients,
+        cpu=[(after - before) / clients for before, after in pairwise(cpu)],
+        idle_mb=memory_mb(run.clients),
+        busy_mb=peak.mb,
+    )
+
+
+def _row(variant: str, cost: Cost, baseline: Cost) -> Row:
+    idle, busy = cost.idle_mb / cost.clients, cost.busy_mb / cost.clients
+    return Row(
+        case=f"{cost.clients} client{'s'[: cost.clients - 1]}",
+        variant=variant,
+        median_s=round(median(cost.cpu), 4),
+        baseline=STOCK_NAME,
+        ratio=round(median(cost.cpu) / median(baseline.cpu), 4),
+        runs=len(cost.cpu),
+        more={
+            "min_s": round(min(cost.cpu), 4),
+            "max_s": round(max(cost.cpu), 4),
+            "idle_mb": round(idle, 1),
+            "idle_ratio": round(idle / baseline.idle_mb, 3),
+            "busy_mb": round(busy, 1),
+            "busy_ratio": round(busy / baseline.busy_mb, 3),
+        },
+    )
+
+
+def _finding(row: Row) -> str:
+    cpu, idle, busy = (1 / ratio for ratio in (row.ratio or 1, row.more["idle_ratio"], row.more["busy_ratio"]))
+    return (
+        f"{row.case} in one process: {cpu:.1f}x less CPU per message, {idle:.1f}x less memory per idle client and"
+        f" {busy:.1f}x less at work than a stock SuperNode"
+    )

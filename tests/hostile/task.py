@@ -1,0 +1,11 @@
+"""The digits of an owner who notes each time that somebody reads them."""
+
+from common.tasks.digits import Digits
+from common.tasks.protocol import Data
+
+
+class Watched(Digits):
+    def train_data(self, partition: int, partitions: int) -> Data:
+        with (self.root / "records-read").open("a") as file:
+            file.write(f"{partition}\n")
+        return super().train_data(partition, partitions)

@@ -1,0 +1,347 @@
+"""A server that lies: no message of it makes a client read a record, charge its ledger, or run foreign code."""
+
+import base64
+import io
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from flwr.proto.fab_pb2 import GetFabRequest
+
+from client.fleet import Fleet, FleetError, Node
+from common.messages import Proposal
+from common.tasks import load_task
+from tests.federation import Federation, federation, free_ports, wait_for
+
+TASK = "tests.hostile.task:Watched"
+HERE = Path(__file__).parent / "hostile"
+HONEST, RIGGED, BROKEN, SPARE = range(4)  # partitions; BROKEN is served by a client with holes, SPARE by none
+REPLY_SECONDS = 60.0
+
+
+class Liar:
+    """The lying server and its victims, as a test sees them."""
+
+    def __init__(self, run: Federation) -> None:
+        self.run = run
+        self.mailbox = run.folder / "mailbox"
+        self._numbers = itertools.count()
+
+    def ask(self, partition: int, records: dict[str, Any], kind: str = "train") -> dict[str, Any]:
+        """What the client that holds the partition replies."""
+        question = {
+            "partition": self.run.partitions[partition], "type": kind, "records": records, "seconds": REPLY_SECONDS
+        }  # fmt: skip
+        path = self.mailbox / f"{next(self._numbers):04}.part"
+        path.write_text(json.dumps(question))
+        path.replace(path.with_suffix(".question"))
+        reply = path.with_suffix(".reply")
+        wait_for(reply.exists, f"an answer of the ServerApp to {path.name}", REPLY_SECONDS + 30)
+        return json.loads(reply.read_text())
+
+    def records_read(self) -> int:
+        return len((self.run.folder / "data/records-read").read_text())
+
+    def honest(self, **changes: Any) -> dict[str, Any]:
+        """The records of an honest request, with a few keys of its config changed; None removes a key."""
+        proposal = Proposal(task=TASK, round=1, steps=2, learning_rate=16.0, anchor_sequence=0, anchor_head="")
+        values = {key: value for key, value in (asdict(proposal) | changes).items() if value is not None}
+        arrays = {name: array(weight) for name, weight in weights().items()}
+        return {"arrays": {"kind": "arrays", "values": arrays}, "config": {"kind": "config", "values": values}}
+
+    @contextmanager
+    def untouched(self, partition: int) -> Iterator[None]:
+        """Nothing is charged and no record is read in the meantime."""
+        before = self.run.account(self.run.partitions[partition]).sequence, self.records_read()
+        yield
+        after = self.run.account(self.run.partitions[partition]).sequence, self.records_read()
+        assert after == before, f"ledger sequence and records read were {before}, are {after}"
+
+    def refuses(self, partition: int, records: dict[str, Any], reason: str) -> str:
+        """Asserts a typed refusal that cost nothing and tells nothing; its detail."""
+        with self.untouched(partition):
+            reply = self.ask(partition, records)
+        assert set(reply) == {"records"}, reply
+        assert set(reply["records"]) <= {"refusal", "standing"}
+        assert reply["records"]["refusal"]["reason"] == reason, reply
+        self.tells_nothing(reply)
+        return reply["records"]["refusal"]["detail"]
+
+    def tells_nothing(self, reply: dict[str, Any]) -> None:
+        """Asserts that the reply names no file of the client's, and is short."""
+        text = json.dumps(reply)
+        for secret in (str(self.run.folder), "state/", "ledger.jsonl", "Traceback", ".py"):
+            assert secret not in text, text
+        assert len(text) < 2000
+
+
+def weights() -> dict[str, np.ndarray]:
+    """Zeros in the shapes of the client's own model."""
+    return {name: p.detach().numpy() * 0 for name, p in load_task("digits", Path()).model().named_parameters()}
+
+
+def array(value: np.ndarray, **lies: Any) -> dict[str, Any]:
+    """A Flower array in JSON, with some of its fields replaced; `data` is bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=True)
+    fields = {"dtype": str(value.dtype), "shape": value.shape, "stype": "numpy.ndarray", "data": buffer.getvalue()}
+    fields |= lies
+    return {**fields, "data": base64.b64encode(fields["data"]).decode()}
+
+
+@pytest.fixture(scope="module")
+def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liar]:
+    with federation(tmp_path_factory.mktemp("hostile"), clients=4) as run:
+        (run.folder / "mailbox").mkdir()
+        (run.folder / "data").mkdir()
+        (run.folder / "data/records-read").touch()
+        run.policy_content["task"] = TASK
+        everyone = run.policy_content["partitions"]
+        run.policy_content["partitions"] = [everyone[HONEST], everyone[RIGGED]]
+        run.configure()
+        broken = run.policy_content | {"partitions": [everyone[BROKEN]]}
+        broken["client"] = broken["client"] | {"metrics_address": f"127.0.0.1:{free_ports(1)[0]}"}
+        (run.folder / "broken.yaml").write_text(yaml.safe_dump(broken))
+
+        run.start("server", "-m", "tests.hostile.superlink")
+        run.start_client()
+        run.start("broken", "-m", "tests.hostile.broken", "--policy", "broken.yaml")
+        wait_for(lambda: run.log("client").count(": connected\n") == 2, "the client to connect", 120)
+        wait_for(lambda: run.log("broken").count(": connected\n") == 1, "the broken client to connect", 120)
+        yield Liar(run)
+
+
+def test_a_client_with_holes_would_be_noticed(liar: Liar) -> None:
+    """The first message to this client: no worker of it holds the records yet."""
+    with pytest.raises(AssertionError, match=r"were \((\d+), 0\), are \(\1, [1-9]"):
+        liar.refuses(BROKEN, liar.honest() | {"arrays": {"kind": "arrays", "values": {}}}, "model")
+    with pytest.raises(AssertionError, match=r"were \(2, "):
+        liar.refuses(BROKEN, liar.honest(steps=5), "policy")
+
+
+NAN, INF = float("nan"), float("inf")
+PROPOSALS: dict[str, dict[str, Any]] = {
+    "lower noise": {"noise_multiplier": 0.1},
+    "no noise": {"noise_multiplier": 0.0},
+    "larger clip": {"max_grad_norm": 1e9},
+    "larger batch": {"batch_size": 359},
+    "larger rate": {"sample_rate": 1.0},
+    "larger budget": {"epsilon": 1e9},
+    "other delta": {"delta": 0.1},
+    "a seed": {"seed": 1},
+    "an unknown key": {"debug": "yes"},
+    "a key too few": {"steps": None},
+    "more steps": {"steps": 5},
+    "no steps": {"steps": 0},
+    "negative steps": {"steps": -4},
+    "steps beyond count": {"steps": 2**62},
+    "steps as a float": {"steps": 2.0},
+    "steps as a truth": {"steps": True},
+    "steps as a text": {"steps": "2"},
+    "steps as a list": {"steps": [2]},
+    "rate nan": {"learning_rate": NAN},
+    "rate inf": {"learning_rate": INF},
+    "rate -inf": {"learning_rate": -INF},
+    "rate zero": {"learning_rate": 0.0},
+    "rate negative": {"learning_rate": -16.0},
+    "rate too large": {"learning_rate": 1000.1},
+    "rate as an int": {"learning_rate": 16},
+    "round as a text": {"round": "1"},
+    "anchor as a text": {"anchor_sequence": "0"},
+    "head as a number": {"anchor_head": 0},
+    "other task": {"task": "digits"},
+    "a task of the server's": {"task": "os:system"},
+    "a long task": {"task": "\x1b[2J\n" * 10_000},
+}
+
+
+@pytest.mark.parametrize("changes", PROPOSALS.values(), ids=PROPOSALS)
+def test_a_proposal_outside_the_owners_terms_is_refused(liar: Liar, changes: dict[str, Any]) -> None:
+    detail = liar.refuses(RIGGED, liar.honest(**changes), "policy")
+    assert set(changes) & set(detail.replace(":", " ").split()) or "expected a record of" in detail
+
+
+RECORDS: dict[str, dict[str, Any]] = {
+    "no config": {"config": None},
+    "config as metrics": {"config": {"kind": "metrics", "values": {"steps": 1, "learning_rate": 1.0}}},
+    "config as arrays": {"config": {"kind": "arrays", "values": {}}},
+    "an empty config": {"config": {"kind": "config", "values": {}}},
+    "one record more": {"privacy": {"kind": "config", "values": {"noise_multiplier": 0.1}}},
+    "a refusal": {"refusal": {"kind": "config", "values": {"reason": "policy", "detail": ""}}},
+}
+
+
+@pytest.mark.parametrize("records", RECORDS.values(), ids=RECORDS)
+def test_records_that_make_no_request_are_refused(liar: Liar, records: dict[str, Any]) -> None:
+    changed = liar.honest() | records
+    liar.refuses(RIGGED, {name: spec for name, spec in changed.items() if spec is not None}, "policy")
+
+
+@pytest.mark.parametrize("kind", ["query", "evaluate", "train.other", "query.data", "evaluate.train"])
+def test_no_other_message_trains(liar: Liar, kind: str) -> None:
+    with liar.untouched(RIGGED):
+        reply = liar.ask(RIGGED, liar.honest(), kind)
+    assert reply == {"error": "ValueError"}
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (Path("unpickled"),)
+
+
+def npy(header: str, body: bytes = b"") -> bytes:
+    """A .npy file with a header that need not be true."""
+    text = header.encode() + b" " * (117 - len(header)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + body
+
+
+def archive(value: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, value)
+    return buffer.getvalue()
+
+
+def arrays() -> dict[str, dict[str, Any]]:
+    ((name, good),) = weights().items()
+    plain = array(good)
+    raw = base64.b64decode(plain["data"])
+    bad = good.copy()
+    bad[3, 5] = NAN
+    infinite = good.copy()
+    infinite[0, 0] = -INF
+    bombs = np.empty(good.shape, dtype=object)
+    bombs[:] = Bomb()
+    truth = {"dtype": plain["dtype"], "shape": plain["shape"]}
+    rows, columns = good.shape
+    head = "{'descr': '<f4', 'fortran_order': False, 'shape': %s}"
+    return {
+        "none": {},
+        "one more": {name: plain, "extra": plain},
+        "another name": {"weight": plain},
+        "the layer's buffer": {name: plain, "0.running_mean": plain},
+        "a scalar": {name: array(np.float32(0))},
+        "transposed": {name: array(good.T)},
+        "flat": {name: array(good.reshape(-1))},
+        "a row more": {name: array(np.zeros((rows + 1, columns), np.float32))},
+        "empty": {name: array(np.zeros((0, columns), np.float32))},
+        "float64": {name: array(good.astype(np.float64))},
+        "float16": {name: array(good.astype(np.float16))},
+        "int64": {name: array(good.astype(np.int64))},
+        "complex": {name: array(good.astype(np.complex64))},
+        "text": {name: array(good.astype(str), **truth)},
+        "float64 that says float32": {name: array(good.astype(np.float64), **truth)},
+        "transposed in secret": {name: array(good.T.copy(), **truth)},
+        "nan": {name: array(bad)},
+        "inf": {name: array(infinite)},
+        "objects": {name: array(bombs)},
+        "objects that say float32": {name: array(bombs, **truth)},
+        "a pickle": {name: array(good, data=pickle.dumps(Bomb()))},
+        "an archive": {name: array(good, data=archive(good))},
+        "an archive of pickles": {name: array(good, data=archive(bombs))},
+        "truncated": {name: array(good, data=raw[:-1])},
+        "only a header": {name: array(good, data=raw[:128])},
+        "no bytes": {name: array(good, data=b"")},
+        "noise": {name: array(good, data=os.urandom(4096))},
+        "another serializer": {name: array(good, stype="pickle")},
+        "a huge shape": {name: array(good, shape=(2**40, 2**20))},
+        "a huge shape in secret": {name: array(good, data=npy(head % f"({2**40}, {columns})"))},
+        "a negative shape": {name: array(good, data=npy(head % f"(-1, {columns})", raw[128:]))},
+        "code for a header": {name: array(good, data=npy("__import__('pathlib').Path('unpickled').touch()"))},
+    }
+
+
+ARRAYS = arrays()
+
+
+@pytest.mark.parametrize("values", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_that_do_not_fit_the_clients_model_are_refused(liar: Liar, values: dict[str, Any]) -> None:
+    liar.refuses(RIGGED, liar.honest() | {"arrays": {"kind": "arrays", "values": values}}, "model")
+    assert not (liar.run.folder / "unpickled").exists()
+
+
+def test_arrays_that_are_none_are_refused(liar: Liar) -> None:
+    for records in ({}, {"arrays": {"kind": "config", "values": {}}}):
+        request = {"config": liar.honest()["config"], **records}
+        liar.refuses(RIGGED, request, "model")
+
+
+def test_the_bomb_goes_off_where_it_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((_, good),) = weights().items()
+    bombs = np.empty(good.shape, dtype=object)
+    bombs[:] = Bomb()
+    np.load(io.BytesIO(base64.b64decode(array(bombs)["data"])), allow_pickle=True)
+    assert (tmp_path / "unpickled").exists()
+
+
+ANCHORS: dict[str, dict[str, Any]] = {
+    "the future": {"anchor_sequence": 99, "anchor_head": "0" * 64},
+    "the far future": {"anchor_sequence": 2**62, "anchor_head": ""},
+    "another past": {"anchor_sequence": 1, "anchor_head": "0" * 64},
+    "no hash": {"anchor_sequence": 2, "anchor_head": ""},
+    "before the beginning": {"anchor_sequence": -1, "anchor_head": ""},
+    "far before": {"anchor_sequence": -(2**62), "anchor_head": "0" * 64},
+}
+
+
+@pytest.mark.parametrize("changes", ANCHORS.values(), ids=ANCHORS)
+def test_an_anchor_that_is_not_on_the_ledger_is_a_rollback(liar: Liar, changes: dict[str, Any]) -> None:
+    liar.refuses(RIGGED, liar.honest(**changes), "rollback")
+
+
+def test_after_all_lies_an_honest_round_trains(liar: Liar) -> None:
+    """Also what shows that the checks above look at the right ledger and at the right file."""
+    for partition in (RIGGED, HONEST, RIGGED):
+        name = liar.run.partitions[partition]
+        before = liar.run.account(name)
+        read = liar.records_read()
+        anchor = {"anchor_sequence": before.sequence, "anchor_head": before.head}
+        reply = liar.ask(partition, liar.honest(steps=4, **anchor))
+        assert set(reply["records"]) == {"arrays", "metrics", "standing"}
+        after = liar.run.account(name)
+        assert (after.sequence, after.commits) == (before.sequence + 2, before.commits + 1)
+        assert reply["records"]["standing"]["ledger_head"] == after.head
+        assert set(reply["records"]["metrics"]) == {"weight"}
+        if partition == HONEST:
+            assert liar.records_read() > read
+        liar.tells_nothing(reply)
+    assert liar.run.log("client").count(": connected\n") == 2, "a partition had to join again"
+    assert "Traceback" not in liar.run.log("client")
+
+
+def test_the_servers_code_never_reaches_a_client(liar: Liar, tmp_path: Path) -> None:
+    def fetched() -> int:
+        return liar.run.log("server").count("[Fleet.GetFab]") + liar.run.log("server").count("[Fleet.GetRun]")
+
+    assert liar.run.log("server").count("[Fleet.ActivateNode]") >= 3  # such calls are in the log
+    assert fetched() == 0
+    assert not list(liar.run.folder.rglob("bundle-code-ran"))
+
+    # Neither check is blind: the code does run where it is imported, and who asks for it is seen.
+    subprocess.run([sys.executable, "-c", "import stolen"], cwd=tmp_path, env=_path(HERE / "bundle"), check=True)
+    assert (tmp_path / "bundle-code-ran").exists()
+    settings = liar.run.policy.client
+    fleet = Fleet(settings.server_address, liar.run.folder / settings.ca_certificate)
+    node = Node(fleet, liar.run.folder / liar.run.policy.key_path(liar.run.partitions[SPARE]))
+    node.activate()
+    with pytest.raises(FleetError):
+        node._call(fleet.stub.GetFab, GetFabRequest(node=node._node, hash_str="x", run_id=1))
+    fleet.close()
+    assert fetched() == 1
+
+
+def _path(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder)}
