@@ -25,6 +25,7 @@ class Run:
     programs: Programs
     server: int  # process ids, each the root of a tree
     client: int
+    partitions: int
     rounds: int
 
     @property
@@ -36,9 +37,15 @@ class Run:
         return self.programs.lines(self._latest("rounds.jsonl"), self.rounds, seconds=_ROUND_SECONDS)
 
     def results(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The lines of rounds.jsonl and summary.json, once the server has ended the run."""
-        self.programs.wait("server", seconds=self.rounds * _ROUND_SECONDS)
+        """The lines of rounds.jsonl and summary.json, once the server has ended the run.
+
+        Raises BenchmarkError unless every partition trained in every round.
+        """
+        self.programs.wait("server", seconds=_ROUND_SECONDS)
         lines = [json.loads(line) for line in self._latest("rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+        trained = [len(line["trained"]) for line in lines]
+        if trained != [self.partitions] * self.rounds:
+            raise self.programs.problem(f"expected {self.partitions} to train {self.rounds} times, found {trained}")
         return lines, json.loads(self._latest("summary.json").read_text(encoding="utf-8"))
 
     def _latest(self, file: str) -> Path:
@@ -87,6 +94,7 @@ def train(
             programs=programs,
             server=programs.start("server", sys.executable, "-m", "server", "--config", _file(federation)),
             client=programs.start("client", sys.executable, "-m", "client", "--policy", _file(policy)),
+            partitions=len(names),
             rounds=rounds,
         )
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
 
 from benchmarks import federation, few_digits, stock
@@ -17,8 +17,9 @@ from benchmarks.report import Result, Row
 from common.config import Partition, Privacy, Training
 
 STOCK = (1, 4)  # clients, one flower-supernode each; many more than cores do not come through a round
-OURS = (1, 4, 50)  # partitions in one client process
-WARM_UP, MEASURED = 3, 5  # rounds; one warm-up is enough for stock, which starts a process for each message
+OURS = {1: 5, 4: 2, 50: 1}  # partitions in one client process: rounds a measurement takes, long beside a clock tick
+RUNS = 5  # measurements
+_WARM_UP = 3  # rounds; one is enough for stock, which starts a process for each message
 _IDLE_SECONDS = 5.0  # until our workers end
 _SETTLE_SECONDS = 7.0  # from the last round to the look at idle memory
 STOCK_NAME, OUR_NAME = "stock SuperNodes", "one process"
@@ -29,7 +30,7 @@ class Cost:
     """Of the whole clients' side."""
 
     clients: int
-    cpu: Sequence[float]  # seconds per message, one for each measured round
+    cpu: Sequence[float]  # seconds per message, one for each measurement
     idle_mb: float
     busy_mb: float  # the most that was seen
 
@@ -37,11 +38,12 @@ class Cost:
 def run() -> Result:
     costs = {}
     for clients in STOCK:
-        with stock.train(clients, rounds=1 + MEASURED) as run:
+        with stock.train(clients, rounds=1 + RUNS) as run:
             costs[STOCK_NAME, clients] = _measure(run, clients)
-    for clients in OURS:
-        with _ours(clients) as run:
-            costs[OUR_NAME, clients] = _measure(run, clients)
+    for clients, each in OURS.items():
+        with _ours(clients, rounds=_WARM_UP + RUNS * each) as run:
+            costs[OUR_NAME, clients] = _measure(run, clients, each)
+            run.results()
     rows = [_row(variant, cost, costs[STOCK_NAME, 1]) for (variant, _), cost in costs.items()]
     return Result(
         measures="median_s: CPU seconds of the clients' side per message; memory: PSS in MB per client, idle after work"
@@ -51,7 +53,7 @@ def run() -> Result:
     )
 
 
-def _ours(clients: int) -> AbstractContextManager[federation.Run]:
+def _ours(clients: int, *, rounds: int) -> AbstractContextManager[federation.Run]:
     privacy = Privacy(
         epsilon=100.0,
         delta=1e-5,
@@ -64,22 +66,20 @@ def _ours(clients: int) -> AbstractContextManager[federation.Run]:
     )
     members = [Partition(name=f"few-{index}", index=index, of=clients) for index in range(clients)]
     training = Training(device="cpu", idle_seconds=_IDLE_SECONDS)
-    return federation.train(
-        members, privacy, training, task=few_digits.SPEC, rounds=WARM_UP + MEASURED, learning_rate=16.0
-    )
+    return federation.train(members, privacy, training, task=few_digits.SPEC, rounds=rounds, learning_rate=16.0)
 
 
-def _measure(run: stock.Run | federation.Run, clients: int) -> Cost:
+def _measure(run: stock.Run | federation.Run, clients: int, each: int = 1) -> Cost:
     rounds = run.completed()
     with MemoryPeak(run.clients, every=0.2) as peak:  # not later: looking costs CPU
-        for _ in range(run.rounds - MEASURED):
+        for _ in range(run.rounds - RUNS * each):
             next(rounds)
     cpu = [cpu_seconds(run.clients)]
-    cpu += [cpu_seconds(run.clients) for _ in rounds]
+    cpu += [cpu_seconds(run.clients) for _ in islice(rounds, each - 1, None, each)]
     time.sleep(_SETTLE_SECONDS)
     return Cost(
         clients=clients,
-        cpu=[(after - before) / clients for before, after in pairwise(cpu)],
+        cpu=[(after - before) / (clients * each) for before, after in pairwise(cpu)],
         idle_mb=memory_mb(run.clients),
         busy_mb=peak.mb,
     )
@@ -106,8 +106,12 @@ def _row(variant: str, cost: Cost, baseline: Cost) -> Row:
 
 
 def _finding(row: Row) -> str:
-    cpu, idle, busy = (1 / ratio for ratio in (row.ratio or 1, row.more["idle_ratio"], row.more["busy_ratio"]))
+    cpu, idle, busy = map(_times, (row.ratio or 1.0, row.more["idle_ratio"], row.more["busy_ratio"]))
     return (
-        f"{row.case} in one process: {cpu:.1f}x less CPU per message, {idle:.1f}x less memory per idle client and"
-        f" {busy:.1f}x less at work than a stock SuperNode"
+        f"{row.case} in one process, each beside one stock SuperNode:"
+        f" {cpu} CPU per message, {idle} memory idle, {busy} memory at work"
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{1 / ratio:.3g}x less" if ratio < 1 else f"{ratio:.3g}x as much"

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
-from server import tether
+from common.process import adopt_orphans, kill_children, tethered
 
 _ROOT = Path(__file__).parent.parent
 _LOOPBACK = "127.0.0.1"
@@ -32,7 +32,7 @@ class Programs:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        tether.adopt_orphans()
+        adopt_orphans()
         with ExitStack() as stack:
             self.directory = Path(stack.enter_context(TemporaryDirectory(prefix="benchmark-")))
             self._clean = stack.pop_all()
@@ -51,16 +51,14 @@ class Programs:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-            while orphans := list(tether.children()):  # each one killed may leave us its own
-                for orphan in orphans:
-                    os.kill(orphan, signal.SIGKILL)
-                    os.waitpid(orphan, 0)
+            if left := kill_children(seconds=_END_SECONDS):
+                raise BenchmarkError(f"processes {left} outlive {', '.join(self._processes)}")
 
     def start(self, name: str, *command: str) -> int:
         """Starts `command` in the directory and returns its process id; its words go to `name`.log."""
         with (self.directory / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                tether.tethered(command),
+                tethered(command),
                 cwd=self.directory,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,

@@ -52,6 +52,7 @@ from common.certificates import PkiError, load_certificate, load_key
 
 HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL / 2
 CALL_SECONDS = 60.0
+HEARTBEAT_CALL_SECONDS = 5.0  # one thread does it for all partitions
 OBJECT_SECONDS = 120.0  # for the server to have an object that it announced
 MAX_MESSAGE_BYTES = 2**31 - 1
 MAX_RECONNECT_MS = 5_000  # gRPC's own is two minutes, in which a server that is back is not seen
@@ -114,8 +115,8 @@ def pack(reply: Message) -> Outbound:
 
 def failure(inbound: Inbound, reason: str) -> Outbound:
     """An error reply to a message whose content was never parsed."""
-    envelope = proto.Message.FromString(inbound.envelope)
-    envelope.ClearField("content")
+    envelope = proto.Message(metadata=proto.Message.FromString(inbound.envelope).metadata)
+    envelope.content.SetInParent()
     reply_to = message_from_proto(envelope)
     return pack(Message(Error(code=CLIENT_APP_CRASHED, reason=reason), reply_to=reply_to))
 
@@ -225,7 +226,7 @@ class Node:
 
     def heartbeat(self) -> None:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        if not self._call(self._fleet.stub.SendNodeHeartbeat, request).success:
+        if not self._call(self._fleet.stub.SendNodeHeartbeat, request, HEARTBEAT_CALL_SECONDS).success:
             raise FleetError("the server does not know this node", retry=True)
 
     def receive(self) -> Inbound | None:
@@ -291,7 +292,7 @@ class Node:
             time.sleep(0.1)
         raise FleetError(f"the server has no object {_line(object_id)} of a message that it sent", retry=False)
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+    def _call(self, method: Callable[..., Any], request: Any, seconds: float = CALL_SECONDS) -> Any:
         timestamp = now().isoformat()
         key = self.load_key()
         metadata = (
@@ -300,7 +301,7 @@ class Node:
             (SIGNATURE_HEADER, sign_message(key, timestamp.encode("ascii"))),
         )
         try:
-            return method(request, metadata=metadata, timeout=CALL_SECONDS)
+            return method(request, metadata=metadata, timeout=seconds)
         except grpc.RpcError as error:
             raise _translate(error) from None
 
@@ -330,16 +331,22 @@ def is_loopback(address: str) -> bool:
 
 
 def proxy_in_the_way(address: str) -> str | None:
-    """The proxy, less its password, that gRPC uses for `address`: it reads these variables, in lower case only."""
+    """The proxy, less its password, that gRPC uses for `address`.
+
+    It reads these variables in lower case only, takes the first that is set, be it empty, and speaks plain HTTP to it.
+    """
     if is_loopback(address):
         return None
     host = split_address(address)[0]
-    exceptions = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112 (as gRPC does)
-    if any(_excepted(host, entry.strip()) for entry in exceptions.split(",") if entry.strip()):
+    proxy = _first_set("grpc_proxy", "https_proxy", "http_proxy")
+    exceptions = _first_set("no_grpc_proxy", "no_proxy").split(",")
+    if not proxy.startswith("http://") or any(_excepted(host, entry.strip()) for entry in exceptions if entry.strip()):
         return None
-    names = ("grpc_proxy", "https_proxy", "http_proxy")
-    proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    return proxy.rpartition("@")[2] if proxy else None
+    return proxy.removeprefix("http://").rpartition("@")[2]
+
+
+def _first_set(*names: str) -> str:
+    return next((os.environ[name] for name in names if name in os.environ), "")
 
 
 def _excepted(host: str, entry: str) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import socket
 import threading
+import time
 
 from client.exporter import application
 from client.fleet import HEARTBEAT_SECONDS, Fleet, proxy_in_the_way
@@ -71,9 +72,11 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
         stop.wait(STAGGER_SECONDS)
     while not stop.wait(HEARTBEAT_SECONDS):
         for member in members:
-            member.heartbeat()
+            if not stop.is_set():
+                member.heartbeat()
+    deadline = time.monotonic() + LEAVE_SECONDS
     for thread in threads:
-        thread.join(LEAVE_SECONDS)
+        thread.join(max(0.0, deadline - time.monotonic()))
     fleet.close()
     if failed:
         raise HostError(failed[0])

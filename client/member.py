@@ -142,10 +142,15 @@ class Member:
 
     def _not_connected(self, error: FleetError) -> None:
         self.connected = False
-        if not error.retry:
-            # Where it cannot be reached it may come back as it was, and would refuse a node that it believes alive.
+        if error.retry:
+            # The node is kept: to a server that lives on it is alive, and would be refused if it joined anew.
+            text = self._fleet.explain()
+        elif self._node.active:
             self._node.lost()
-        self._say(f"not connected: {self._fleet.explain() if error.retry else error}", logging.WARNING)
+            text = f"the server, perhaps a new one, does not take this node any more: {error}; joins it again"
+        else:
+            text = str(error)
+        self._say(f"not connected: {text}", logging.WARNING)
 
     def _leave(self) -> None:
         self.connected = False

@@ -7,13 +7,14 @@ in a forked process.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-_CHUNK = 2**16  # numbers per step: scratch memory stays small and in the cache, however large the result
+_CHUNK = 2**15  # numbers per step: scratch memory stays small and in the cache, however large the result
 _ZEROS = memoryview(bytes(8 * _CHUNK))  # in CTR mode, zeros encrypt to the key stream itself
 
 
@@ -53,8 +54,9 @@ class SecureGenerator:
         if not dtype.is_floating_point:
             raise ValueError(f"expected dtype={dtype} to be floating point")
         noise = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        for part in noise.view(-1).split(_CHUNK):
-            part.copy_(self._box_muller(len(part)).mul_(std))
+        with _one_thread():
+            for part in noise.view(-1).split(_CHUNK):
+                part.copy_(self._box_muller(len(part)).mul_(std))
         return noise.to(device)
 
     def poisson_mask(self, n: int, rate: float) -> torch.Tensor:
@@ -73,8 +75,9 @@ class SecureGenerator:
             return torch.ones(n, dtype=torch.bool, device="cpu")
         threshold = math.floor(rate * 2.0**64) - 2**63  # words are signed: both sides are shifted by 2**63
         mask = torch.empty(n, dtype=torch.bool, device="cpu")
-        for part in mask.split(_CHUNK):
-            part.copy_(self._words(len(part)) < threshold)
+        with _one_thread():
+            for part in mask.split(_CHUNK):
+                part.copy_(self._words(len(part)) < threshold)
         return mask
 
     def _box_muller(self, count: int) -> torch.Tensor:
@@ -96,3 +99,14 @@ class SecureGenerator:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a SecureGenerator cannot be copied or pickled: a second copy would repeat the noise")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads gain nothing on steps this small, and on a busy machine they wait 20 times as long for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

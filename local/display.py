@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from common.config import Federation, Policy
+from local import steps
 from server.report import ranges
 
 Line = dict[str, Any]
@@ -28,7 +29,7 @@ def title(federation: Federation, policy: Policy) -> str:
     privacy = policy.privacy
     return (
         f"{federation.task}: {who}\n{federation.rounds} rounds of {federation.fit_clients} clients,"
-        f" budget epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each"
+        f" budget epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each\n{steps.explain(federation, policy)}"
     )
 
 
@@ -117,4 +118,4 @@ def _indices(names: Sequence[str]) -> list[int] | None:
 
 
 def _natural(name: str) -> list[str]:
-    return [part.zfill(9) for part in re.split(r"([0-9]+)", name)]
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]

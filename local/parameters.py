@@ -14,6 +14,7 @@ from typing import Any
 
 from common.config import Federation, Policy, parse
 from common.tasks import SHIPPED
+from local import steps
 from local.errors import LocalError
 
 Records = Callable[[str, Path, int], int]  # task, folder of its data, partitions -> nominal size of each
@@ -101,9 +102,12 @@ def apply(
     _require_order(server, clients)
     _at_most("BATCH_SIZE", privacy["batch_size"], privacy["records"], "the nominal records of a partition")
     _at_most("LR", server["learning_rate"], policy.training.max_learning_rate, "training.max_learning_rate")
-    if not same_split or given.batch_size is not None:  # one expected pass over the data in each round
-        steps = math.ceil(privacy["records"] / privacy["batch_size"])
-        server["steps_per_round"] = privacy["max_steps_per_round"] = steps
+    files = parse(Federation, server, source="federation.yaml"), parse(Policy, client, source="policy.yaml")
+    if same_split and given.batch_size is None:
+        return files
+    server["steps_per_round"] = privacy["max_steps_per_round"] = steps.affordable(
+        files[1].privacy, steps.rounds_each(files[0], clients)
+    )
     return parse(Federation, server, source="federation.yaml"), parse(Policy, client, source="policy.yaml")
 
 

@@ -9,8 +9,10 @@ from types import FrameType
 from typing import NoReturn
 
 from common.config import ConfigError, Federation, load
+from common.files import LockedError, hold
 from common.logs import start_logging
-from server import exporter, history, locks, outcome, preflight, relay, tether
+from common.process import adopt_orphans
+from server import exporter, history, outcome, preflight, relay
 from server.superlink import SuperLink
 
 _LOG = logging.getLogger("server")
@@ -32,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load(Federation, path)
         config.server.state.mkdir(parents=True, exist_ok=True)
-        with locks.hold(config.server.state / "server.lock"):
+        with hold(config.server.state / "server.lock"):
             preflight.check(config)
             exporter.serve(config.server)
             return _supervise(config, path)
-    except locks.LockedError:
+    except LockedError:
         return _refuse(f"server.state: {config.server.state} is in use by another python -m server (stop that first)")
     except (ConfigError, OSError) as error:
         return _refuse(str(error))
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _supervise(config: Federation, path: Path) -> int:
     """The exit code of the run, which is started again after each crash."""
     state = config.server.state
-    tether.adopt_orphans()
+    adopt_orphans()
     crashes, completed = 0, history.completed(state)
     while True:
         try:

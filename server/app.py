@@ -8,8 +8,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Federation, load
 from common.logs import start_logging
+from common.process import die_with_parent
 from common.tasks import load_task
-from server import checkpoint, outcome, relay, results, tether
+from server import checkpoint, outcome, relay, results
 from server.attendance import Attendance
 from server.history import History
 from server.nodes import Nodes
@@ -20,7 +21,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    tether.die_with_parent()
+    die_with_parent()
     config = load(Federation, Path(str(context.run_config["federation"])))
     relay.redirect(config.server.state)
     start_logging()

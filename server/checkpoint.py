@@ -17,8 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from common.config import Federation
+from common.files import replace
 from common.messages import Standing
-from server.files import replace
 from server.outcome import UnusableError
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]  # by parameter name

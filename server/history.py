@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from server.files import replace, sync_directory
+from common.files import replace, sync_directory
 
 Line = dict[str, Any]
 

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.config import ConfigError
+from common.files import hold, is_held, replace
 from common.tasks import TaskError
-from server import locks
-from server.files import replace
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 30.0  # for the lock of a ServerApp that was killed and is about to go
@@ -45,7 +44,7 @@ class CrashError(RuntimeError):
 @contextmanager
 def report(state: Path) -> Iterator[None]:
     """Hold the lock while the ServerApp works in it, and write how that ended unless it crashed."""
-    with locks.hold(_lock(state), patience=_PATIENCE_SECONDS):
+    with hold(_lock(state), patience=_PATIENCE_SECONDS):
         try:
             yield
         except RunError as error:
@@ -60,8 +59,8 @@ def report(state: Path) -> Iterator[None]:
 
 
 def forget(state: Path) -> None:
-    """Remove the outcome of an earlier ServerApp, once that is gone. Raises locks.LockedError if it stays."""
-    with locks.hold(_lock(state), patience=_PATIENCE_SECONDS):
+    """Remove the outcome of an earlier ServerApp, once that is gone. Raises LockedError if it stays."""
+    with hold(_lock(state), patience=_PATIENCE_SECONDS):
         _file(state).unlink(missing_ok=True)
 
 
@@ -74,7 +73,7 @@ def wait(state: Path, *, poll: Callable[[], None]) -> Outcome:
     seen = False
     while True:
         poll()
-        held = locks.is_held(_lock(state))
+        held = is_held(_lock(state))
         if _file(state).exists():  # looked for after the lock: it is written before the lock is dropped
             return Outcome(**json.loads(_file(state).read_text(encoding="utf-8")))
         seen = seen or held

@@ -6,9 +6,9 @@ from pathlib import Path
 import safetensors.numpy
 
 from common.config import Federation
+from common.files import replace
 from server import report
 from server.checkpoint import Checkpoint
-from server.files import replace
 from server.history import last_round
 
 

@@ -7,7 +7,6 @@ and a crash of any part of it is answered by starting all of it anew.
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from types import TracebackType
 from typing import Self
 
 from common.config import ServerSettings
-from server import tether
-from server.files import replace
+from common.files import replace
+from common.process import kill_children, tethered
 from server.outcome import CrashError
 from server.preflight import LOOPBACK, registered
 
@@ -84,7 +83,7 @@ class SuperLink:
     def _start(self, *command: str, stdin: int) -> subprocess.Popen[bytes]:
         control = stdin == subprocess.PIPE  # whose words matter only when it fails
         process = subprocess.Popen(
-            tether.tethered(command),
+            tethered(command),
             stdin=stdin,
             stdout=subprocess.PIPE if control else None,
             stderr=subprocess.STDOUT if control else None,
@@ -152,10 +151,5 @@ class SuperLink:
         for process in self._processes:
             process.kill()
             process.communicate()
-        deadline = time.monotonic() + _END_SECONDS
-        while orphans := list(tether.children()):
-            for orphan in orphans:
-                os.kill(orphan, signal.SIGKILL)
-                os.waitpid(orphan, 0)
-            if time.monotonic() > deadline:
-                raise CrashError(f"processes {orphans} outlive SuperLink")
+        if left := kill_children(seconds=_END_SECONDS):
+            raise CrashError(f"processes {left} outlive SuperLink")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity  # set by whatever starts a ServerApp, which is us here
 
 from common import messages
 from common.messages import ARRAYS, CONFIG, Proposal, Reason, Standing
+from tests.wire import identify
 
 Answer = Callable[[str, Message], RecordDict | Error | None]  # None: never
 
@@ -24,7 +24,7 @@ class FakeGrid(Grid):
     """Each partition that has an answer is connected. `asked` holds who was asked, message by message."""
 
     def __init__(self, answers: dict[str, Answer], *, kill_in_round: int | None = None) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        identify()
         self.answers = answers
         self.delays: dict[str, float] = {}
         self.undecodable: set[str] = set()

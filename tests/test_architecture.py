@@ -14,11 +14,18 @@ PACKAGES = ("server", "client", "common", "local")
 ARROWS = {"server": {"common"}, "client": {"common"}, "common": set(), "local": {"common", "server", "client"}}
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
 KNOWS_FLOWER = {"client/fleet.py"}
+KNOWS_FLOWER_IN_TESTS = {  # they play a server
+    "tests/wire.py",
+    "tests/hostile/fleet.py",
+    "tests/test_hostile_fleet.py",
+    "tests/test_hostile_server.py",
+    "tests/test_connection_faults.py",
+}
 HEAVY = ("torch", "opacus", "torchvision", "flwr_datasets", "sklearn")
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for package in PACKAGES:
+def modules(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[Path, ast.Module]]:
+    for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path.relative_to(ROOT), ast.parse(path.read_text())
 
@@ -32,12 +39,30 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def test_imports_are_seen_wherever_they_are() -> None:
+    """The negative control of what follows."""
+    source = "import a.b as c\ndef f():\n    from d.e import g, h\n    if f: import i"
+    assert list(imports(ast.parse(source))) == ["a.b", "d.e.g", "d.e.h", "i"]
+
+
+def test_imports_name_the_whole_module() -> None:
+    """A relative one would escape the tests below."""
+    relative = [
+        str(path)
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    assert relative == []
+
+
 def test_dependencies_point_one_way() -> None:
     wrong = [
         f"{path} imports {name}"
         for path, tree in modules()
         for name in imports(tree)
-        if (to := name.split(".")[0]) in PACKAGES and to not in {*ARROWS[path.parts[0]], path.parts[0]}
+        if (to := name.split(".")[0]) in (*PACKAGES, "tests", "benchmarks")
+        and to not in {*ARROWS[path.parts[0]], path.parts[0]}
     ]
     assert wrong == []
 
@@ -45,12 +70,12 @@ def test_dependencies_point_one_way() -> None:
 def test_one_file_knows_flowers_private_modules() -> None:
     wrong = [
         f"{path} imports {name}"
-        for path, tree in modules()
+        for path, tree in modules((*PACKAGES, "benchmarks", "tests"))
         for name in imports(tree)
         if name.split(".")[0] == "flwr"
         # `from flwr.app import X` is public, `from flwr.app.message import X` is not.
         and name.rpartition(".")[0] not in PUBLIC_FLOWER
-        and str(path) not in KNOWS_FLOWER
+        and str(path) not in KNOWS_FLOWER | KNOWS_FLOWER_IN_TESTS
     ]
     assert wrong == []
 

@@ -236,6 +236,19 @@ def test_an_error_of_the_servers_is_one_clean_line(wire: Wire) -> None:
     assert len(line) < 500
 
 
+def test_a_worker_that_dies_is_an_error_reply_and_the_charge_stays(wire: Wire) -> None:
+    """Before any other test has made a worker load the records, which is when this one dies."""
+    before = wire.sequences()
+    (wire.run.folder / "data/die").touch()
+    wire.tell(VICTIM, Sent.whole(pack(question())))
+    reply = wire.hear(VICTIM)
+    (wire.run.folder / "data/die").unlink()
+    assert reply is not None, wire.run.log("client")
+    assert reply.error.reason == "the worker died"
+    assert wire.sequences() == [before[VICTIM] + 1, before[OTHER]]
+    wire.alive()
+
+
 def test_the_same_message_twice_is_one_charge(wire: Wire) -> None:
     name = wire.run.partitions[VICTIM]
     before, read = wire.run.account(name), wire.records_read()
@@ -282,5 +295,5 @@ def test_the_client_has_lived_through_all_of_it(wire: Wire) -> None:
     log = wire.run.log("client")
     assert "Traceback" not in log
     assert "an error of ours" not in log
-    assert "worker died" not in log
+    assert log.count("the worker died") == 1  # the one that was made to
     wire.alive()

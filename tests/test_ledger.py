@@ -186,6 +186,60 @@ def test_an_old_copy_is_found_by_the_anchor_file_and_by_the_server(tmp_path: Pat
             ledger.require_head(Head(sequence=-1, hash=""))
 
 
+def test_every_cut_between_lines_is_found_by_the_anchor(tmp_path: Path, path: Path) -> None:
+    anchor = tmp_path / "elsewhere/a.json"
+    with opened(path, anchor):
+        pass
+    lines = path.read_bytes().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        path.write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(LedgerError) as caught, opened(path, anchor):
+            pass
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value, RolledBack) == (kept > 0)  # an empty file is none of ours
+    path.write_bytes(b"".join(lines))
+    with opened(path, anchor):
+        pass
+
+
+WITHOUT_RIGHTS = """
+import os, sys
+from pathlib import Path
+from client.ledger import Ledger, LedgerError, create
+from common.config import Privacy
+privacy, path = Privacy(**eval(sys.argv[1])), Path("ledger.jsonl")
+if os.getuid() == 0:
+    os.setuid(65534)
+for act in (
+    lambda: Ledger.open(path, partition="a", privacy=privacy),
+    lambda: create(Path("new/ledger.jsonl"), partition="a", privacy=privacy),
+):
+    try:
+        act()
+    except LedgerError as error:
+        print(error)
+"""
+
+
+def test_without_the_right_to_write_nothing_is_opened_or_created(path: Path) -> None:
+    before = path.read_bytes()
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        output = subprocess.check_output(
+            [sys.executable, "-c", WITHOUT_RIGHTS, repr(TERMS)],
+            cwd=path.parent,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+    finally:
+        path.parent.chmod(0o755)
+    lines = output.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(": Permission denied") for line in lines)
+    assert path.read_bytes() == before
+
+
 def test_what_is_missing_is_never_made_anew(tmp_path: Path, path: Path) -> None:
     anchor = tmp_path / "elsewhere/a.json"
     with opened(path, anchor):
@@ -351,22 +405,34 @@ class AnyOrder(RuleBasedStateMachine):
         self.largest = 4.0
         self.count = 0
 
-    @initialize()
-    def start(self) -> None:
-        create(self.path, partition="a", privacy=terms())
+    @initialize(accounting=st.sampled_from(["fixed", "adaptive"]))
+    def start(self, accounting: str) -> None:
+        self.accounting = accounting
+        create(self.path, partition="a", privacy=self.terms(4.0))
+
+    def terms(self, epsilon: float) -> Privacy:
+        return terms(epsilon=epsilon, accounting=self.accounting)
 
     @rule(epsilon=st.sampled_from([0.5, 4.0, 6.0]))
     @precondition(lambda self: self.ledger is None)
     def open(self, epsilon: float) -> None:
-        self.ledger = Ledger.open(self.path, partition="a", privacy=terms(epsilon=epsilon))
+        self.ledger = Ledger.open(self.path, partition="a", privacy=self.terms(epsilon))
         self.largest = max(self.largest, epsilon)
 
     @rule(steps=st.integers(1, 60), again=st.booleans())
     @precondition(lambda self: self.ledger is not None)
     def reserve(self, steps: int, again: bool) -> None:
         self.count += not again
-        with suppress(BudgetExhausted, DuplicateMessage):
+        charged = f"m{self.count}" in self.ledger.account.messages
+        try:
             self.ledger.reserve(f"m{self.count}", release(steps))
+        except DuplicateMessage:
+            assert charged
+        except BudgetExhausted:
+            assert self.ledger.account.epsilon_with(release(steps)) > self.ledger.account.budget
+        else:
+            assert not charged
+            assert self.ledger.account.epsilon_spent <= self.ledger.account.budget
 
     @rule(data=st.data())
     @precondition(lambda self: self.ledger is not None and self.ledger.account.open)
@@ -385,7 +451,7 @@ class AnyOrder(RuleBasedStateMachine):
         raw = self.path.read_bytes()
         self.path.write_bytes(raw[:-1])
         with pytest.raises(LedgerError):
-            Ledger.open(self.path, partition="a", privacy=terms())
+            Ledger.open(self.path, partition="a", privacy=self.terms(4.0))
         self.path.write_bytes(raw)
 
     @invariant()
@@ -434,3 +500,21 @@ def test_the_command_line(tmp_path: Path, path: Path, capsys: pytest.CaptureFixt
     assert command([*arguments, "--partition", "a"]) == 0
     assert command([*arguments, "--partition", "a"]) == 1
     assert "exists already" in capsys.readouterr().err
+    assert command([*arguments, "--partition", "a", "--json"]) == 1
+    assert "exists already" in json.loads(capsys.readouterr().out)["error"]
+    for verb in ("show", "verify"):
+        assert command([verb, str(tmp_path / "absent")]) == 1
+        assert capsys.readouterr().err == f"{tmp_path}/absent: No such file or directory\n"
+
+
+def test_the_command_is_a_program(tmp_path: Path, path: Path) -> None:
+    for target, code in ((path, 0), (tmp_path / "absent", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "client.ledger", "verify", str(target), "--json"],
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert json.loads(done.stdout)["ok"] is (code == 0)
+        assert done.stderr == b""

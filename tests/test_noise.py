@@ -16,7 +16,7 @@ from client.noise import SecureGenerator
 from tests.statistics_checks import correlation_p_value, normal_checks, poisson_checks, rejected
 
 N = 200_000
-CHUNK_LAGS = (1, 2, 3, 7, 64, 2**15, 2**16)  # the last two: a Box-Muller pair, and the next chunk
+CHUNK_LAGS = (1, 2, 3, 7, 64, 2**14, 2**15)  # the last two: a Box-Muller pair, and the next chunk
 
 
 def draw(generator: SecureGenerator, n: int = N, std: float = 1.0) -> np.ndarray:
@@ -78,6 +78,19 @@ def test_the_checks_reject_broken_noise(broken: Callable[[int], np.ndarray]) -> 
 
 def test_the_checks_reject_a_seed_that_repeats() -> None:
     assert "lag 1000" in rejected(normal_checks(seeded_again_for_every_step(N), 1.0, (1, 1000)))
+
+
+def test_the_number_of_threads_is_restored() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        SecureGenerator().normal((10,), 1.0)
+        SecureGenerator().poisson_mask(10, 0.5)
+        with pytest.raises(ValueError, match="std"):
+            SecureGenerator().normal((10,), -1.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_shapes_devices_and_types() -> None:

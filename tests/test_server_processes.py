@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server import locks
+from common.files import is_held
 from tests.federation import Federation, command, descendants, federation, wait_for
 
 
@@ -58,7 +58,7 @@ def test_a_killed_serverapp_comes_back_and_a_second_server_is_refused(run: Feder
     server.terminate()
     assert server.wait(timeout=20) == 128 + signal.SIGTERM
     assert not any(map(alive, below))
-    assert not locks.is_held(run.folder / "state/server/server.lock")
+    assert not is_held(run.folder / "state/server/server.lock")
 
 
 def test_ctrl_c_while_superlink_starts_leaves_nothing(run: Federation) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from common import certificates, pki
-from server import locks
+from common.files import hold
 from server.__main__ import main
 from tests.federation import children, free_ports
 
@@ -114,6 +114,6 @@ def test_what_cannot_work_is_one_line(
 def test_one_server_at_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "federation.yaml").write_text("steps_per_round: 1\nlearning_rate: 1.0\n")
     (folder / "state/server").mkdir()
-    with locks.hold(folder / "state/server/server.lock"):
+    with hold(folder / "state/server/server.lock"):
         assert main(["--config", "federation.yaml"]) == 2
     assert "state/server is in use by another python -m server" in capsys.readouterr().err

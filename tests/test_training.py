@@ -223,6 +223,17 @@ def test_released_noise_has_the_accounted_variance() -> None:
     assert not rejected(normal_checks(released(SecureGenerator()), STD))
 
 
+class Empty(SecureGenerator):
+    """The real noise, and batches that nobody joins."""
+
+    def poisson_mask(self, n: int, rate: float) -> Tensor:  # noqa: ARG002
+        return torch.zeros(n, dtype=torch.bool)
+
+
+def test_empty_batches_are_noised_as_any_other() -> None:
+    assert not rejected(normal_checks(released(Empty()), STD))
+
+
 def test_no_two_rounds_share_noise() -> None:
     torch.manual_seed(7)
     first = released(SecureGenerator())

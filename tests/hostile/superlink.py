@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 from common.config import Federation, load
-from server import superlink, tether
+from common.process import adopt_orphans
+from server import superlink
 
 LIFE_SECONDS = 1800.0
 
@@ -20,7 +21,7 @@ class Talkative(superlink.SuperLink):
 def main() -> None:
     path = Path("federation.yaml")
     superlink._BUNDLE = Path(__file__).parent / "bundle"
-    tether.adopt_orphans()
+    adopt_orphans()
     with Talkative(load(Federation, path).server) as running:
         running.submit(path)
         deadline = time.monotonic() + LIFE_SECONDS

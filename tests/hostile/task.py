@@ -1,4 +1,7 @@
-"""The digits of an owner who notes each time that somebody reads them."""
+"""The digits of an owner who notes each time that somebody reads them; a file `die` makes that deadly."""
+
+import os
+import signal
 
 from common.tasks.digits import Digits
 from common.tasks.protocol import Data
@@ -8,4 +11,6 @@ class Watched(Digits):
     def train_data(self, partition: int, partitions: int) -> Data:
         with (self.root / "records-read").open("a") as file:
             file.write(f"{partition}\n")
+        if (self.root / "die").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().train_data(partition, partitions)

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from server.tether import die_with_parent
+from common.process import die_with_parent
 
 LIFE_SECONDS = 1800.0
 server = ServerApp()
