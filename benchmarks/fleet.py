@@ -81,4 +81,3 @@ def _cpu(run: federation.Run) -> dict[str, float]:
         "superlink_cpu_s": superlink,
         "server_cpu_s": cpu_seconds([run.server]) - superlink,
     }
-

@@ -1,7 +1,6 @@
 """Programs that run in a temporary directory and do not outlive the block that started them."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys

@@ -62,9 +62,7 @@ class Member:
                 stop.wait(poll)
                 continue
             delay = BACK_OFF_SECONDS[0]
-            if not self.connected:
-                self.connected = True
-                self._say("connected")
+            self._connected()
             if inbound is None:
                 stop.wait(poll * _jitter())
                 poll = min(self._idle_seconds, 1.2 * poll)
@@ -115,15 +113,19 @@ class Member:
                 if charged is not None:
                     charged.check()  # where the ledger was replaced meanwhile, this update is not charged
                 self._node.send(outbound, seconds)
+                self._connected()
                 return
             except LedgerError as error:
                 self.ledger_problem = str(error)
                 log.error("%s: the update is not sent: %s", self.partition.name, error)
                 return
             except FleetError as error:
-                log.warning("%s: the reply was not sent: %s", self.partition.name, error)
-                if not error.retry or stop.wait(2.0**attempt * _jitter()):
-                    return
+                if error.retry:
+                    self._not_connected(error)
+                    if attempt + 1 < SEND_TRIES and not stop.wait(2.0**attempt * _jitter()):
+                        continue
+                log.warning("%s: a reply is given up: %s", self.partition.name, error)
+                return
 
     def _open_ledger(self) -> Ledger | None:
         name = self.partition.name
@@ -139,6 +141,11 @@ class Member:
             self.ledger_problem = str(error)
             self._say(f"trains nothing: {error}", logging.ERROR)
         return self._ledger
+
+    def _connected(self) -> None:
+        if not self.connected:
+            self.connected = True
+            self._say("connected")
 
     def _not_connected(self, error: FleetError) -> None:
         self.connected = False

@@ -5,6 +5,7 @@ import errno
 import sys
 
 from common.config import ConfigError
+from common.files import LockedError, hold
 from common.pki import PkiError
 from local import parameters
 from local.errors import LocalError
@@ -12,7 +13,6 @@ from local.forgetting import forget
 from local.preparation import STATE, prepare
 from local.progress import Progress
 from local.runner import Stopped, catch_signals, run
-from server import locks
 
 _LOCK = STATE / "run.lock"
 
@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         catch_signals()
         given = parameters.read(options.parameters) if options.verb == "run" else None
         STATE.mkdir(exist_ok=True)
-        with locks.hold(_LOCK):
+        with hold(_LOCK):
             if given is None:
                 forget(STATE, _LOCK, agreed=options.yes)
             else:
                 _run(given)
-    except locks.LockedError:
+    except LockedError:
         return _refuse(f"another run is active in this directory: it holds {_LOCK} (wait for it, or end it)")
     except LocalError as error:
         return _refuse(str(error), error.code)

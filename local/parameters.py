@@ -103,7 +103,7 @@ def apply(
     _at_most("BATCH_SIZE", privacy["batch_size"], privacy["records"], "the nominal records of a partition")
     _at_most("LR", server["learning_rate"], policy.training.max_learning_rate, "training.max_learning_rate")
     files = parse(Federation, server, source="federation.yaml"), parse(Policy, client, source="policy.yaml")
-    if same_split and given.batch_size is None:
+    if same_split and given.batch_size in (None, policy.privacy.batch_size):
         return files
     server["steps_per_round"] = privacy["max_steps_per_round"] = steps.affordable(
         files[1].privacy, steps.rounds_each(files[0], clients)

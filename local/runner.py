@@ -4,7 +4,6 @@ The invariant holds for kill -9 as well: the children are tethered to this proce
 child that was killed become ours and are ended with the rest.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -15,10 +14,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
+from common.process import adopt_orphans, kill_children, tethered
 from local.errors import LocalError
 from local.preparation import FEDERATION, POLICY, STATE
 from local.progress import Progress
-from server import tether
 
 LOGS = STATE / "logs"
 _END_SECONDS = 20.0  # for the programs to end in order; what a client trains then stays spent in its ledger
@@ -68,7 +67,7 @@ class Programs:
 
     def __enter__(self) -> Self:
         self._logs.mkdir(parents=True, exist_ok=True)
-        tether.adopt_orphans()
+        adopt_orphans()
         return self
 
     def __exit__(
@@ -83,16 +82,13 @@ class Programs:
         for process in self._processes:
             process.kill()
             process.wait()
-        while orphans := list(tether.children()):  # each one killed may leave us its own
-            for orphan in orphans:
-                os.kill(orphan, signal.SIGKILL)
-                os.waitpid(orphan, 0)
+        kill_children(seconds=_END_SECONDS)
 
     def start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         """`python -m module`, in a session of its own so that Ctrl-C reaches only us; its words go to a log."""
         with (self._logs / f"{module}.log").open("wb") as log:
             process = subprocess.Popen(
-                tether.tethered([sys.executable, "-m", module, *arguments]),
+                tethered([sys.executable, "-m", module, *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -23,15 +23,19 @@ def rounds_each(federation: Federation, clients: int) -> int:
 
 
 def explain(federation: Federation, policy: Policy) -> str:
-    """The steps of a round, and why there are fewer than an epoch's."""
+    """The steps of a round, why there are fewer than an epoch's, and how long the budget lasts if that is too short."""
     privacy, steps, full = policy.privacy, federation.steps_per_round, epoch(policy.privacy)
     said = f"{steps} local {'step' if steps == 1 else 'steps'} a round"
     if steps >= full:
         return said
     rounds = rounds_each(federation, len(policy.partitions))
-    cost = epsilon("adaptive", compose([_release(privacy, full * rounds)]), privacy.delta)
-    times = "one round" if rounds == 1 else f"{rounds} rounds"
-    return f"{said}: an epoch of {full} would cost epsilon {cost:.3g} in {times}"
+    for share, times in ((1, "at once"), (rounds, f"in {rounds} rounds")):
+        cost = epsilon("adaptive", compose([_release(privacy, full * share)]), privacy.delta)
+        if cost > privacy.epsilon:
+            said += f": an epoch of {full} would cost epsilon {cost:.2f} of {privacy.epsilon:g} {times}"
+            break
+    lasts = rounds_within(privacy.epsilon, "adaptive", frozenset(), _release(privacy, steps), privacy.delta)
+    return said if lasts >= rounds else f"{said}\nthat budget lasts for {lasts} of the {rounds} rounds expected of each"
 
 
 def _release(privacy: Privacy, steps: int) -> Release:

@@ -4,12 +4,12 @@ The figures of privacy are those that the clients reported. Their ledgers are th
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from common.files import replace
 from server import history
 from server.report_figures import accuracy, epsilon, known
 from server.report_page import PRIVACY, STYLE
@@ -41,9 +41,7 @@ def write(run_dir: Path) -> Path:
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     rounds = history.rounds(run_dir)
     page = run_dir / "report.html"
-    part = page.with_name(f"{page.name}.{os.getpid()}")
-    part.write_text(_page(summary, rounds), encoding="utf-8")
-    part.replace(page)
+    replace(page, _page(summary, rounds).encode())
     return page
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -300,6 +301,96 @@ def test_another_writer_is_noticed_before_anything_is_done(path: Path) -> None:
     assert read(path).head == foreign.hash  # and nothing was written over
 
 
+def test_a_line_that_came_between_the_check_and_the_write_is_noticed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = chain.Entry.after(chain.read(path)[-1], "open", {"epoch": 2}).encode()
+
+    def meanwhile(*_: int) -> None:
+        with path.open("ab") as file:
+            file.write(foreign)
+
+    with opened(path) as ledger:
+        monkeypatch.setattr(chain, "_reserve_space", meanwhile)
+        with pytest.raises(LedgerError, match="changed by another writer"):
+            ledger.reserve("m4", release())
+    with pytest.raises(LedgerError):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"sequence":1,"time":"","kind":"create","x":NaN,"prev":"","hash":""}',
+        b'{"sequence":1,"time":"","kind":"create","x":1e999,"prev":"","hash":""}',
+        b"[" * 100_000,
+        b"\xff",
+        b"null",
+        b"[]",
+        b"{}",
+    ],
+)
+def test_a_line_that_json_or_python_chokes_on_is_one_clear_error(path: Path, line: bytes) -> None:
+    path.write_bytes(line + b"\n")
+    for act in (lambda: read(path), lambda: Ledger.open(path, partition="a", privacy=terms())):
+        with pytest.raises(LedgerError, match="line 1: not an entry"):
+            act()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sequence": "9", "hash": ""}', '{"sequence": 9, "hash": null}'])
+def test_an_anchor_that_is_none_is_refused(tmp_path: Path, path: Path, text: str) -> None:
+    anchor = tmp_path / "a.json"
+    anchor.write_text(text)
+    with pytest.raises(LedgerError, match="not a ledger's anchor"), opened(path, anchor):
+        pass
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own at `folder`; skips the test where this user may not have one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_was_charged(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=32k"):
+        path, filler = tmp_path / "disk/ledger.jsonl", tmp_path / "disk/filler"
+        create(path, partition="a", privacy=terms())
+        filler.write_bytes(bytes(16_000))
+        charged: list[str] = []
+        with opened(path) as ledger:
+            with pytest.raises(LedgerError, match="No space left on device"):
+                for number in range(1000):
+                    ledger.reserve(f"m{number}", release(steps=1))
+                    charged.append(f"m{number}")
+            with pytest.raises(LedgerError, match="No space left on device"):
+                ledger.reserve("again", release(steps=1))
+        assert len(charged) > 3
+        assert read(path).messages == set(charged)
+        filler.unlink()
+        with opened(path) as ledger:
+            assert ledger.account.messages == set(charged)
+            ledger.commit(ledger.reserve("the next", release(steps=1)))
+
+
+def test_a_read_only_disk_is_refused_and_still_read(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=64k"):
+        path = tmp_path / "disk/ledger.jsonl"
+        create(path, partition="a", privacy=terms())
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        with pytest.raises(LedgerError, match="Read-only file system"), opened(path):
+            pass
+        with pytest.raises(LedgerError, match="Read-only file system"):
+            create(tmp_path / "disk/other.jsonl", partition="b", privacy=terms())
+        assert read(path).epsilon_spent == 0
+
+
 def test_a_replaced_or_vanished_file_is_noticed(tmp_path: Path, path: Path) -> None:
     with opened(path) as ledger:
         (tmp_path / "copy").write_bytes(path.read_bytes())
@@ -358,12 +449,15 @@ def test_the_clock_decides_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert account.epsilon_spent > spent
 
 
-def test_every_system_call_may_fail_or_be_the_last(tmp_path: Path) -> None:
-    output = subprocess.check_output(
-        [sys.executable, "-m", "tests.ledger_faults", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+def test_every_system_call_may_fail_or_be_the_last() -> None:
+    # In memory where it can be: a kill loses no page that was written, so a disk would only make this slow.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        output = subprocess.check_output(
+            [sys.executable, "-m", "tests.ledger_faults", folder],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
     found = json.loads(output)
     counts = {life: {len(calls) for calls in kinds.values()} for life, kinds in found["walks"].items()}
     print("system calls walked through, each with", len(found["walks"]["serving"]), "kinds of fault:", counts)
@@ -396,8 +490,6 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        import tempfile
-
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "ledger.jsonl"
         self.ledger: Ledger | None = None

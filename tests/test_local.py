@@ -540,6 +540,7 @@ def test_each_round_is_shown_once_and_an_earlier_run_not_at_all(run: Run) -> Non
     assert run.said().splitlines() == [
         "digits: digits-0-of-2 and digits-1-of-2",
         "3 rounds of 2 clients, budget epsilon 8 at delta 1e-05 for each",
+        "12 local steps a round",
     ]  # the status is that of an earlier run
     run.status("r1")
     assert run.said() == (

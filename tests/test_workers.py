@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from scipy import stats
+from torch import nn
 
+from client.app import Bench, pick_device
 from client.dialogue import Done
 from client.fleet import Inbound
 from client.ledger import Account, Ledger, create, read
-from client.policy import worst_round
+from client.policy import Refused, worst_round
 from client.workers import WorkerDied, ZygoteDied
-from common.config import Policy, load
-from common.messages import ARRAYS, REFUSAL, STANDING, Proposal, Reason, Standing, request
+from common.config import Policy, load, parse
+from common.messages import ARRAYS, CONFIG, REFUSAL, STANDING, Proposal, Reason, Standing, request
 from common.tasks.digits import Digits
 from tests import wire
 from tests.federation import children, wait_for
@@ -144,16 +147,19 @@ def lives(pid: int) -> bool:
         return False
 
 
+def proposal(**changes: Any) -> Proposal:
+    """An honest one, with a few changes."""
+    honest = {
+        "task": TASK, "round": 1, "steps": STEPS, "learning_rate": LEARNING_RATE, "anchor_sequence": 0,
+        "anchor_head": "",
+    }  # fmt: skip
+    return Proposal(**{**honest, **changes})
+
+
 def asking(arrays: dict[str, np.ndarray] | None = None, **changes: Any) -> Inbound:
-    """An honest request, with a few changes."""
-    proposal = Proposal(
-        **{
-            "task": TASK, "round": 1, "steps": STEPS, "learning_rate": LEARNING_RATE, "anchor_sequence": 0,
-            "anchor_head": "", **changes,
-        }
-    )  # fmt: skip
+    """A request of the server's."""
     record = ArrayRecord({name: Array(value) for name, value in (arrays or SENT).items()})
-    return wire.inbound(request(record, proposal))
+    return wire.inbound(request(record, proposal(**changes)))
 
 
 def answered(done: Any) -> Message:
@@ -239,6 +245,84 @@ def test_each_refusal_is_typed_and_only_unreadable_data_costs(host: Host, reason
     assert MARKER not in host.log()
 
 
+def array(value: np.ndarray, **lies: Any) -> Array:
+    """A Flower array, with some of its fields replaced."""
+    real = Array(value)
+    return Array(**{"dtype": real.dtype, "shape": real.shape, "stype": real.stype, "data": real.data, **lies})
+
+
+WEIGHT = SENT["1.weight"]
+MALFORMED: dict[str, tuple[dict[str, Any], Reason, str]] = {
+    "another record": ({"extra": ConfigRecord({"a": 1})}, Reason.POLICY, "expected no records but"),
+    "no config": ({CONFIG: None}, Reason.POLICY, "expected a record of"),
+    "a config of other keys": ({CONFIG: ConfigRecord({"task": TASK})}, Reason.POLICY, "expected a record of"),
+    "no arrays": ({ARRAYS: None}, Reason.MODEL, "no arrays"),
+    "a config for arrays": ({ARRAYS: ConfigRecord({})}, Reason.MODEL, "no arrays"),
+    "no parameters": ({ARRAYS: {}}, Reason.MODEL, "expected exactly ['1.weight']"),
+    "one too many": ({ARRAYS: {"1.weight": array(WEIGHT), "bias": array(WEIGHT)}}, Reason.MODEL, "expected exactly"),
+    "another type": ({ARRAYS: {"1.weight": array(WEIGHT.astype(np.float64))}}, Reason.MODEL, "as float32 [10, 64]"),
+    "another shape": ({ARRAYS: {"1.weight": array(WEIGHT.T)}}, Reason.MODEL, "as float32 [10, 64]"),
+    "a shape that lies": ({ARRAYS: {"1.weight": array(WEIGHT.T, shape=(10, 64))}}, Reason.MODEL, "announced shape"),
+    "a type that lies": (
+        {ARRAYS: {"1.weight": array(WEIGHT.astype(np.float64), dtype="float32")}}, Reason.MODEL, "announced shape"
+    ),
+    "no number": ({ARRAYS: {"1.weight": array(WEIGHT * np.nan)}}, Reason.MODEL, "finite"),
+    "infinity": ({ARRAYS: {"1.weight": array(WEIGHT + np.inf)}}, Reason.MODEL, "finite"),
+    "no array at all": ({ARRAYS: {"1.weight": array(WEIGHT, data=b"no array")}}, Reason.MODEL, "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_request_is_refused_before_the_charge(host: Host, name: str) -> None:
+    changes, reason, words = MALFORMED[name]
+    partition = host.partition()
+    content = request(ArrayRecord({"1.weight": array(WEIGHT)}), proposal())
+    for key, value in changes.items():
+        if key in content:
+            del content[key]
+        if value is not None:
+            content[key] = ArrayRecord(value) if isinstance(value, dict) else value
+    done = host.run(partition, wire.inbound(content))
+    assert done.refused is reason
+    assert words in answered(done).content[REFUSAL]["detail"]
+    assert host.account(partition).messages == set()
+
+
+def test_what_is_wrong_with_the_owners_side_is_refused_without_its_secrets(tmp_path: Path) -> None:
+    terms = {
+        "epsilon": 8.0, "delta": 0.04, "noise_multiplier": 4.0, "max_grad_norm": 0.5, "batch_size": 8, "records": 20,
+        "max_steps_per_round": 1,
+    }  # fmt: skip
+
+    def bench(task: str) -> Bench:
+        content = {"task": task, "data_root": str(tmp_path), "privacy": terms, "partitions": [{"name": "a", "of": 40}]}
+        return Bench(policy=parse(Policy, content, source="test"))
+
+    for task, words in (
+        ("absent_module:Task", "cannot be loaded here"),
+        (f"{MixesRecords.__module__}:MixesRecords", "BatchNorm1d"),
+    ):
+        with pytest.raises(Refused, match=words) as refused:
+            bench(task).task()
+        assert refused.value.reason is Reason.MODEL
+        assert str(tmp_path) not in refused.value.detail
+    digits = bench("digits")
+    with pytest.raises(Refused, match="delta is not below 1/n") as refused:  # n is 36, the nominal one 20
+        digits.data(digits.policy.partitions[0], pick_device("cpu"))
+    assert refused.value.reason is Reason.DATA
+    assert "36" not in refused.value.detail
+
+
+class MixesRecords(Digits):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), Floats(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+
+
+class Floats(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float()
+
+
 def test_of_an_error_in_training_only_the_type_leaves(host: Host) -> None:
     partition = host.partition()
     host.order("crash")
@@ -247,22 +331,6 @@ def test_of_an_error_in_training_only_the_type_leaves(host: Host) -> None:
     assert message.error.reason == "IndexError"  # its text would hold the record's class
     assert "4711" not in host.log()
     assert (len(host.account(partition).messages), host.account(partition).commits) == (1, 0)
-
-
-@pytest.mark.parametrize(("order", "charges"), [("die before the charge", 0), ("die after it", 1)])
-def test_a_worker_that_is_killed_costs_what_it_reserved_and_nobody_else(host: Host, order: str, charges: int) -> None:
-    partition, other = host.partition(), host.partition()
-    deaths = host.facts()["deaths"]
-    host.order(order)
-    # One that dies before it asks may be taken for one that was idle too long: the job is then given to a fresh one.
-    assert host.run(partition) is WorkerDied
-    assert host.facts()["deaths"] == deaths + 1
-    account = host.account(partition)
-    assert (len(account.messages), account.commits) == (charges, 0)
-    assert (account.epsilon_spent > 0) == (charges > 0)
-    host.order("")
-    assert host.run(other).refused is None
-    assert host.run(partition).refused is None
 
 
 def test_garbage_harms_nobody_for_good(host: Host) -> None:
@@ -282,11 +350,38 @@ def test_garbage_harms_nobody_for_good(host: Host) -> None:
 
 def test_other_kinds_of_message_are_errors(host: Host) -> None:
     partition = host.partition()
-    content = request(ArrayRecord({}), Proposal(
-        task=TASK, round=1, steps=1, learning_rate=1.0, anchor_sequence=0, anchor_head=""))  # fmt: skip
+    content = request(ArrayRecord({}), proposal())
     for kind in ("evaluate", "query", "train.other"):
         assert answered(host.run(partition, wire.inbound(content, kind))).has_error()
     assert host.account(partition).messages == set()
+
+
+def test_idle_workers_end_and_new_ones_come(host: Host) -> None:
+    partition = host.partition()
+    assert host.run(partition).refused is None
+    first = host.workers()
+    deaths = host.facts()["deaths"]
+    wait_for(lambda: not host.workers(), "the idle workers' end", IDLE_SECONDS + 10)
+    assert host.run(partition, asking(round=2)).refused is None
+    (second,) = host.workers()
+    assert second not in first
+    assert host.facts()["deaths"] == deaths
+
+
+@pytest.mark.parametrize(("order", "charges"), [("die before the charge", 0), ("die after it", 1)])
+def test_a_worker_that_is_killed_costs_what_it_reserved_and_nobody_else(host: Host, order: str, charges: int) -> None:
+    partition, other = host.partition(), host.partition()
+    deaths = host.facts()["deaths"]
+    host.order(order)
+    # One that dies before it asks may be taken for one that was idle too long: the job is then given to a fresh one.
+    assert host.run(partition) is WorkerDied
+    assert host.facts()["deaths"] == deaths + 1
+    account = host.account(partition)
+    assert (len(account.messages), account.commits) == (charges, 0)
+    assert (account.epsilon_spent > 0) == (charges > 0)
+    host.order("")
+    assert host.run(other).refused is None
+    assert host.run(partition).refused is None
 
 
 def test_no_more_workers_than_the_owner_allows(host: Host) -> None:
@@ -340,18 +435,6 @@ def test_the_host_stays_light_and_the_zygote_single_threaded(host: Host) -> None
     assert "grpc" in facts["modules"]  # the control: it has imported what a host imports
     assert len(os.listdir(f"/proc/{host.zygote}/task")) == 1
     assert "its workers may hang" not in host.log()
-
-
-def test_idle_workers_end_and_new_ones_come(host: Host) -> None:
-    partition = host.partition()
-    assert host.run(partition).refused is None
-    first = host.workers()
-    deaths = host.facts()["deaths"]
-    wait_for(lambda: not host.workers(), "the idle workers' end", IDLE_SECONDS + 10)
-    assert host.run(partition, asking(round=2)).refused is None
-    (second,) = host.workers()
-    assert second not in first
-    assert host.facts()["deaths"] == deaths
 
 
 def test_without_its_zygote_the_host_says_so(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from flwr.proto.fleet_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 
 from client.fleet import Inbound, Outbound, unpack
 
+STILL_SECONDS = 120.0
+
 
 @dataclass(kw_only=True)
 class Sent:
@@ -46,10 +48,14 @@ class LyingFleet(FleetServicer):
     inbox: dict[bytes, "queue.Queue[Message]"] = field(default_factory=dict)
     joins: dict[bytes, int] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # names of calls that no client of ours makes
+    moving: threading.Event = field(default_factory=threading.Event)  # while it is clear, no call is answered
     _keys: list[bytes] = field(default_factory=list)
     _sent: dict[int, Sent] = field(default_factory=dict)
     _came: dict[str, tuple[bytes, proto.Message, dict[str, bytes], set[str]]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.moving.set()
 
     def admit(self, key: bytes) -> None:
         self._keys.append(key)
@@ -60,12 +66,15 @@ class LyingFleet(FleetServicer):
         return fleet.ActivateNodeResponse(node_id=1 + self._keys.index(request.public_key))
 
     def DeactivateNode(self, *_: Any) -> Any:
+        self.moving.wait(STILL_SECONDS)
         return fleet.DeactivateNodeResponse()
 
     def SendNodeHeartbeat(self, *_: Any) -> Any:
+        self.moving.wait(STILL_SECONDS)
         return heartbeat.SendNodeHeartbeatResponse(success=True)
 
     def PullMessages(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self.moving.wait(STILL_SECONDS)
         box = self.outbox[self._keys[request.node.node_id - 1]]
         if not box:
             return fleet.PullMessagesResponse()
