@@ -92,6 +92,14 @@ def table(summary: Line) -> str:
     )
 
 
+def end(summary: Line, rounds: int) -> str:
+    """How far the run came."""
+    completed, seconds = summary["rounds_completed"], f"{summary['seconds']:.1f} s"
+    if summary["reason"] == "exhausted":
+        return f"ended after {completed} of {rounds} rounds, {seconds}: nobody has budget left for another"
+    return f"completed {completed} of {rounds} rounds, {seconds}"
+
+
 def exhausted(summary: Line) -> str:
     """What to do about budgets that are spent; empty if none is."""
     rows = [row for row in summary["partitions"] if row["exhausted"]]
@@ -100,9 +108,10 @@ def exhausted(summary: Line) -> str:
     names = sorted((row["partition"] for row in rows), key=_natural)
     what = "spent" if any(row["epsilon_spent"] for row in rows) else "too small for one round"
     return (
-        f"The budget is {what}: {names_text(names, len(names) > _MOST_FULL)}. Rounds that cost less (a larger"
-        " NOISE_MULTIPLIER, a smaller BATCH_SIZE, fewer CLIENTS) may fit in what is left; a larger EPSILON is the"
-        " owner's decision; `make forget` removes the demo's state, budgets included."
+        f"\nThe budget is {what}: {names_text(names, len(names) > _MOST_FULL)}.\n"
+        "- Rounds that cost less may fit in what is left: a larger NOISE_MULTIPLIER, a smaller BATCH_SIZE.\n"
+        "- A larger EPSILON is the owner's decision, and becomes an entry of the ledger.\n"
+        "- `make forget` removes the demo's state, budgets included."
     )
 
 

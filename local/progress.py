@@ -22,6 +22,7 @@ class Progress:
         self._stream = stream
         self._moves = stream.isatty()
         self._ticks = itertools.cycle(_TICKS)
+        self._rounds = federation.rounds
         self._runs, self._state = federation.server.runs, federation.server.state
         self._clients, self._wanted = len(policy.partitions), federation.min_clients
         self._started = datetime.now(UTC)
@@ -52,7 +53,7 @@ class Progress:
         directory = self._runs / self._status()["run"]
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         self._say(f"\n{display.table(summary)}\n")
-        self._say(f"{summary['reason']} after {summary['rounds_completed']} rounds, {summary['seconds']:.1f} s")
+        self._say(display.end(summary, self._rounds))
         self._say(f"report: {directory / 'report.html'}")
         if spent := display.exhausted(summary):
             self._say(spent)

@@ -35,7 +35,7 @@ def explain(federation: Federation, policy: Policy) -> str:
             said += f": an epoch of {full} would cost epsilon {cost:.2f} of {privacy.epsilon:g} {times}"
             break
     lasts = rounds_within(privacy.epsilon, "adaptive", frozenset(), _release(privacy, steps), privacy.delta)
-    return said if lasts >= rounds else f"{said}\nthat budget lasts for {lasts} of the {rounds} rounds expected of each"
+    return said if lasts >= rounds else f"{said}\nthe budget lasts for {lasts} of about {rounds} rounds of each client"
 
 
 def _release(privacy: Privacy, steps: int) -> Release:

@@ -38,6 +38,10 @@ TERMS = {
 }  # fmt: skip
 
 
+# In memory where it can be: a kill loses no page that was written, so a disk would only make a long test slow.
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
 def terms(**changes: object) -> Privacy:
     return Privacy(**{**TERMS, **changes})
 
@@ -365,10 +369,14 @@ def test_a_full_disk_keeps_what_was_charged(tmp_path: Path) -> None:
         filler.write_bytes(bytes(16_000))
         charged: list[str] = []
         with opened(path) as ledger:
-            with pytest.raises(LedgerError, match="No space left on device"):
+
+            def fill() -> None:
                 for number in range(1000):
                     ledger.reserve(f"m{number}", release(steps=1))
                     charged.append(f"m{number}")
+
+            with pytest.raises(LedgerError, match="No space left on device"):
+                fill()
             with pytest.raises(LedgerError, match="No space left on device"):
                 ledger.reserve("again", release(steps=1))
         assert len(charged) > 3
@@ -450,9 +458,7 @@ def test_the_clock_decides_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_system_call_may_fail_or_be_the_last() -> None:
-    # In memory where it can be: a kill loses no page that was written, so a disk would only make this slow.
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         output = subprocess.check_output(
             [sys.executable, "-m", "tests.ledger_faults", folder],
             cwd=ROOT,
@@ -490,7 +496,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY)
         self.path = Path(self.folder.name) / "ledger.jsonl"
         self.ledger: Ledger | None = None
         self.spent = 0.0
@@ -563,6 +569,13 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.long
+class TestManyOrders(AnyOrder.TestCase):
+    """Ten thousand steps of it."""
+
+    settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
 def test_the_command_line(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:

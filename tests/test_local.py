@@ -604,7 +604,7 @@ def test_the_end_names_the_report_and_the_way_out_of_a_spent_budget(run: Run, sp
         ["b-10", f"{spent:.3f}", "8", "1e-05", "2", "1"],
         ["c", "unknown", "unknown", "unknown", "2", "1"],
     ]
-    assert "exhausted after 2 rounds, 9.9 s" in text
+    assert "ended after 2 of 3 rounds, 9.9 s: nobody has budget left for another" in text
     assert "report: runs/r1/report.html" in text
     assert f"The budget is {'spent' if spent else 'too small for one round'}: b-2." in text
     assert "make forget" in text
