@@ -257,8 +257,16 @@ def test_a_certificate_that_proves_nothing_is_explained(tmp_path: Path, fault: C
     assert all(part in line for part in CERTIFICATES[fault]), line
 
 
+CHATTY = """
+import sys
+from client import __main__, member
+member.Member._say = lambda self, text, level=20: member.log.log(level, "%s: %s", self.partition.name, text)
+sys.exit(__main__.main())
+"""
+
+
 def test_a_refused_certificate_is_one_line_until_there_is_a_better_one(tmp_path: Path) -> None:
-    """Both at the same time, since most of it is waiting for a second line that must not come."""
+    """Both at the same time, and with them a client that says it each time, since most of it is waiting."""
     with federation(tmp_path / "a") as foreign, federation(tmp_path / "b") as old:
         other_authority(foreign)
         expired(old)
@@ -269,6 +277,12 @@ def test_a_refused_certificate_is_one_line_until_there_is_a_better_one(tmp_path:
         ):
             for run in (foreign, old):
                 run.start_client()
+            chatty = foreign.policy_content["client"] | {
+                "metrics_address": f"127.0.0.1:{free_ports(1)[0]}",
+                "state": "state/chatty",
+            }
+            (foreign.folder / "chatty.yaml").write_text(yaml.safe_dump(foreign.policy_content | {"client": chatty}))
+            foreign.start("chatty", "-c", CHATTY, "--policy", "chatty.yaml")
             for run in (foreign, old):
                 wait_for(lambda run=run: all(said(run, name) for name in run.partitions), "the lines", 120)
             time.sleep(SEVERAL_TRIES)
@@ -277,6 +291,7 @@ def test_a_refused_certificate_is_one_line_until_there_is_a_better_one(tmp_path:
                     (line,) = said(run, name)
                     assert line.startswith("not connected: ")
                     assert all(part in line for part in CERTIFICATES[fault]), line
+            assert len(said(foreign, foreign.partitions[0], "chatty")) > 1
             assert {joins for fleet in fleets for joins in fleet.joins.values()} == {0}
         pki.renew_server(old.folder / "state/pki")
         with serving(fleets[1], old.fleet, old.folder / "state/pki"):

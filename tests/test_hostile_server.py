@@ -19,9 +19,11 @@ import pytest
 import yaml
 from flwr.proto.fab_pb2 import GetFabRequest
 
+from client.app import Bench
 from client.fleet import Fleet, FleetError, Node
+from client.policy import Refused
 from common.messages import Proposal
-from common.tasks import load_task
+from common.tasks import TaskError, load_task
 from tests.federation import Federation, federation, free_ports, wait_for
 
 TASK = "tests.hostile.task:Watched"
@@ -95,7 +97,12 @@ def array(value: np.ndarray, **lies: Any) -> dict[str, Any]:
     """A Flower array in JSON, with some of its fields replaced; `data` is bytes."""
     buffer = io.BytesIO()
     np.save(buffer, value, allow_pickle=True)
-    fields = {"dtype": str(value.dtype), "shape": value.shape, "stype": "numpy.ndarray", "data": buffer.getvalue()}
+    fields: dict[str, Any] = {
+        "dtype": str(value.dtype),
+        "shape": value.shape,
+        "stype": "numpy.ndarray",
+        "data": buffer.getvalue(),
+    }
     fields |= lies
     return {**fields, "data": base64.b64encode(fields["data"]).decode()}
 
@@ -232,7 +239,7 @@ def arrays() -> dict[str, dict[str, Any]]:
         "one more": {name: plain, "extra": plain},
         "another name": {"weight": plain},
         "the layer's buffer": {name: plain, "0.running_mean": plain},
-        "a scalar": {name: array(np.float32(0))},
+        "a scalar": {name: array(np.zeros((), np.float32))},
         "transposed": {name: array(good.T)},
         "flat": {name: array(good.reshape(-1))},
         "a row more": {name: array(np.zeros((rows + 1, columns), np.float32))},
@@ -276,6 +283,18 @@ def test_arrays_that_are_none_are_refused(liar: Liar) -> None:
     for records in ({}, {"arrays": {"kind": "config", "values": {}}}):
         request = {"config": liar.honest()["config"], **records}
         liar.refuses(RIGGED, request, "model")
+
+
+def test_a_task_that_cannot_be_loaded_is_refused_without_a_word_of_its_files(tmp_path: Path) -> None:
+    run = Federation(tmp_path)
+    run.policy_content |= {"task": "tests.hostile.task:Lost", "data_root": str(tmp_path / "data")}
+    run.configure()
+    with pytest.raises(TaskError, match=str(tmp_path)):
+        load_task(run.policy.task, run.policy.data_root).test_data()
+    with pytest.raises(Refused) as caught:
+        Bench(policy=run.policy).task()
+    assert caught.value.reason == "model"
+    assert str(tmp_path) not in caught.value.detail
 
 
 def test_the_bomb_goes_off_where_it_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class LyingFleet(FleetServicer):
             return fleet.PullMessagesResponse()
         sent = box.popleft()
         if isinstance(sent, str):
-            context.abort(grpc.StatusCode.INTERNAL, sent)
+            return context.abort(grpc.StatusCode.INTERNAL, sent)
         self._sent[request.node.node_id] = sent
         return fleet.PullMessagesResponse(messages_list=[sent.message], message_object_trees=sent.trees)
 
@@ -111,12 +111,20 @@ class LyingFleet(FleetServicer):
         return proto.PushObjectResponse(stored=True)
 
     def GetRun(self, _: Any, context: grpc.ServicerContext) -> Any:
-        self.others.append("GetRun")
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return self._other("GetRun", context)
 
     def GetFab(self, _: Any, context: grpc.ServicerContext) -> Any:
-        self.others.append("GetFab")
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return self._other("GetFab", context)
+
+    def RegisterNode(self, _: Any, context: grpc.ServicerContext) -> Any:
+        return self._other("RegisterNode", context)
+
+    def UnregisterNode(self, _: Any, context: grpc.ServicerContext) -> Any:
+        return self._other("UnregisterNode", context)
+
+    def _other(self, name: str, context: grpc.ServicerContext) -> Any:
+        self.others.append(name)
+        return context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
 
 
 def _names(tree: proto.ObjectTree) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """`python -m tests.hostile.superlink`: the real SuperLink with the lying bundle, until it is ended."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -31,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
