@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         full = error.errno == errno.ENOSPC
         return _refuse(f"no space left on the disk of {error.filename or STATE} (free some)" if full else str(error), 1)
     except Stopped:
-        print("\nStopped: all that was started has ended. The next `make run` goes on from the same ledgers.")
+        print("\nStopped: all that was started has ended. The same command goes on after the last round;")
+        print("any other starts a new run, on the same ledgers.")
         return 130
     return 0
 

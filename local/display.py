@@ -106,9 +106,11 @@ def exhausted(summary: Line) -> str:
     if not rows:
         return ""
     names = sorted((row["partition"] for row in rows), key=_natural)
-    what = "spent" if any(row["epsilon_spent"] for row in rows) else "too small for one round"
+    what = "No budget is left for another round"
+    if not any(row["epsilon_spent"] for row in rows):
+        what = "The budget is too small for one round"
     return (
-        f"\nThe budget is {what}: {names_text(names, len(names) > _MOST_FULL)}.\n"
+        f"\n{what}: {names_text(names, len(names) > _MOST_FULL)}.\n"
         "- Rounds that cost less may fit in what is left: a larger NOISE_MULTIPLIER, a smaller BATCH_SIZE.\n"
         "- A larger EPSILON is the owner's decision, and becomes an entry of the ledger.\n"
         "- `make forget` removes the demo's state, budgets included."

@@ -101,7 +101,8 @@ class Programs:
 def _ended(module: str, process: subprocess.Popen[bytes]) -> LocalError:
     code = process.returncode
     if code < 0:
-        return LocalError(f"the {module} was killed by {signal.Signals(-code).name}", code=1)
+        name = signal.Signals(-code).name
+        return LocalError(f"the {module} was killed by {name} (the same command goes on after the last round)", code=1)
     line = last_error(LOGS / f"{module}.log")
     return LocalError(f"the {module} ended: {line}", code=code if module == "server" else 1)
 

@@ -98,7 +98,9 @@ def _envelope(paths: list[list[Point]]) -> tuple[list[Series], tuple[list[Point]
 def _label(names: Sequence[str], of: int) -> str:
     if len(names) == 1:
         return names[0]
-    return f"all {of} partitions" if len(names) == of else f"{names[0]} + {len(names) - 1} more"
+    if len(names) == of:
+        return "both partitions" if of == 2 else f"all {of} partitions"
+    return f"{names[0]} + {len(names) - 1} more"
 
 
 def known(value: float | None) -> float | None:

@@ -26,7 +26,7 @@ from local.preparation import FEDERATION, POLICY, prepare
 from local.progress import Progress
 from local.records import nominal_records
 from server import history
-from tests.federation import ROOT, free_ports
+from tests.federation import ROOT, descendants, free_ports
 
 DIGITS = 1437  # records to train on
 
@@ -478,6 +478,71 @@ def test_the_last_error_of_a_log(tmp_path: Path, log: str, line: str) -> None:
     assert runner.last_error(tmp_path / "log").endswith(line)
 
 
+# --- whole runs -------------------------------------------------------------------------------------------
+
+
+def last_summary() -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(Path("runs/latest/summary.json").read_text())
+    return summary
+
+
+def spent() -> list[float]:
+    return [row["epsilon_spent"] for row in last_summary()["partitions"]]
+
+
+@pytest.mark.usefixtures("place")
+def test_runs_share_one_budget_and_one_that_is_too_small_ends_cleanly() -> None:
+    first = local("run")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "12 local steps a round\nround 1/3  2 trained" in first.stdout
+    assert "completed 3 of 3 rounds" in first.stdout
+    report = first.stdout.splitlines()[-1].removeprefix("report: ")
+    assert Path(report).resolve() == Path("runs/latest/report.html").resolve()
+    assert last_summary()["rounds_completed"] == 3
+    after_first = spent()
+
+    second = local("run", "ROUNDS=1")
+    assert (second.returncode, second.stderr) == (0, "")
+    after_second = spent()
+    assert all(more > less > 0 for more, less in zip(after_second, after_first, strict=True))
+
+    third = local("run", "EPSILON=0.5")
+    assert (third.returncode, third.stderr) == (0, "")
+    assert "ended after 0 of 3 rounds" in third.stdout
+    assert "No budget is left for another round: digits-0-of-2, digits-1-of-2." in third.stdout
+    assert "`make forget`" in third.stdout
+    assert spent() == after_second
+
+
+@pytest.mark.usefixtures("place")
+def test_ctrl_c_and_kill_leave_no_process_and_the_next_run_goes_on() -> None:
+    terms = ("ROUNDS=500", "NOISE_MULTIPLIER=20")
+    for number, code, word in ((signal.SIGINT, 130, "round   2/500"), (signal.SIGKILL, -9, "goes on after round")):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "local", "run", *terms],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        said = ""
+        while word not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        below = descendants(process.pid)
+        assert len(below) > 4  # server, SuperLink and its helpers, client, zygote
+        process.send_signal(number)
+        said += process.communicate(timeout=30)[0]
+        assert process.returncode == code
+        if number == signal.SIGINT:
+            assert "\nStopped: all that was started has ended." in said
+            assert not any(map(alive, below))
+        eventually(lambda below=below: not any(map(alive, below)))
+    for name in ("digits-0-of-2", "digits-1-of-2"):
+        assert ledger.read(Path(f"state/clients/{name}/ledger.jsonl")).commits >= 2
+
+
 # --- what is shown ----------------------------------------------------------------------------------------
 
 
@@ -606,7 +671,8 @@ def test_the_end_names_the_report_and_the_way_out_of_a_spent_budget(run: Run, sp
     ]
     assert "ended after 2 of 3 rounds, 9.9 s: nobody has budget left for another" in text
     assert "report: runs/r1/report.html" in text
-    assert f"The budget is {'spent' if spent else 'too small for one round'}: b-2." in text
+    why = "No budget is left for another round" if spent else "The budget is too small for one round"
+    assert f"{why}: b-2." in text
     assert "make forget" in text
 
 
