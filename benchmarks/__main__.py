@@ -9,11 +9,10 @@ from types import FrameType
 from typing import NoReturn
 
 from benchmarks import report
-from benchmarks.processes import cores_busy
+from benchmarks.processes import OtherPrograms
 from benchmarks.programs import BenchmarkError
 
 NAMES = ("message", "fleet", "accuracy")
-_LOOK_SECONDS = 2.0  # at what other programs do
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str) -> None:
-    started, before = time.monotonic(), cores_busy(_LOOK_SECONDS)
+    started, others = time.monotonic(), OtherPrograms()
     result = importlib.import_module(f"benchmarks.{name}").run()
-    head = report.header([before, cores_busy(_LOOK_SECONDS)])
+    head = report.header(others.cores())
     path = report.write(name, result, head)
     print(report.text(name, result, head))
     print(f"{time.monotonic() - started:.0f} s, written to {path}\n", flush=True)

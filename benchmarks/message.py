@@ -4,7 +4,6 @@ One DP-SGD step on 64 real digits, every record in the batch; TLS and node keys 
 every process of it, from the end of one round to the end of the next, waiting included, after warm-up rounds.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,16 +11,17 @@ from itertools import islice, pairwise
 from statistics import median
 
 from benchmarks import federation, few_digits, stock
-from benchmarks.processes import MemoryPeak, cpu_seconds, memory_mb
+from benchmarks.processes import MemoryPeak, alive, cpu_seconds, memory_mb
 from benchmarks.report import Result, Row
 from common.config import Partition, Privacy, Training
 
-STOCK = (1, 4)  # clients, one flower-supernode each; many more than cores do not come through a round
+STOCK = {1: 5, 4: 3}  # clients, one flower-supernode each (many do not come through a round): measurements
 OURS = {1: 5, 4: 2, 50: 1}  # partitions in one client process: rounds a measurement takes, long beside a clock tick
-RUNS = 5  # measurements
+RUNS = 5  # measurements of ours
 _WARM_UP = 3  # rounds; one is enough for stock, which starts a process for each message
-_IDLE_SECONDS = 5.0  # until our workers end
-_SETTLE_SECONDS = 7.0  # from the last round to the look at idle memory
+_WORKER_SECONDS = 5.0  # after which an idle worker of ours ends
+_IDLE_PROCESSES = 2  # of a client without work: supernode and superexec, host and zygote
+_SETTLE_SECONDS = 60.0
 STOCK_NAME, OUR_NAME = "stock SuperNodes", "one process"
 
 
@@ -37,12 +37,12 @@ class Cost:
 
 def run() -> Result:
     costs = {}
-    for clients in STOCK:
-        with stock.train(clients, rounds=1 + RUNS) as run:
-            costs[STOCK_NAME, clients] = _measure(run, clients)
+    for clients, runs in STOCK.items():
+        with stock.train(clients, rounds=1 + runs) as run:
+            costs[STOCK_NAME, clients] = _measure(run, clients, warm_up=1)
     for clients, each in OURS.items():
         with _ours(clients, rounds=_WARM_UP + RUNS * each) as run:
-            costs[OUR_NAME, clients] = _measure(run, clients, each)
+            costs[OUR_NAME, clients] = _measure(run, clients, warm_up=_WARM_UP, each=each)
             run.results()
     rows = [_row(variant, cost, costs[STOCK_NAME, 1]) for (variant, _), cost in costs.items()]
     return Result(
@@ -65,18 +65,19 @@ def _ours(clients: int, *, rounds: int) -> AbstractContextManager[federation.Run
         accounting="adaptive",
     )
     members = [Partition(name=f"few-{index}", index=index, of=clients) for index in range(clients)]
-    training = Training(device="cpu", idle_seconds=_IDLE_SECONDS)
+    training = Training(device="cpu", idle_seconds=_WORKER_SECONDS)
     return federation.train(members, privacy, training, task=few_digits.SPEC, rounds=rounds, learning_rate=16.0)
 
 
-def _measure(run: stock.Run | federation.Run, clients: int, each: int = 1) -> Cost:
+def _measure(run: stock.Run | federation.Run, clients: int, *, warm_up: int, each: int = 1) -> Cost:
     rounds = run.completed()
     with MemoryPeak(run.clients, every=0.2) as peak:  # not later: looking costs CPU
-        for _ in range(run.rounds - RUNS * each):
+        for _ in range(warm_up):
             next(rounds)
     cpu = [cpu_seconds(run.clients)]
     cpu += [cpu_seconds(run.clients) for _ in islice(rounds, each - 1, None, each)]
-    time.sleep(_SETTLE_SECONDS)
+    idle = _IDLE_PROCESSES * len(run.clients)
+    run.programs.wait_until(lambda: alive(run.clients) == idle, f"{idle} idle processes", seconds=_SETTLE_SECONDS)
     return Cost(
         clients=clients,
         cpu=[(after - before) / (clients * each) for before, after in pairwise(cpu)],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
-_PPID, _UTIME, _CUTIME = 1, slice(11, 13), slice(13, 15)  # in the fields of /proc/PID/stat after the name
+_STATE, _PPID, _UTIME, _CUTIME = 0, 1, slice(11, 13), slice(13, 15)  # in the fields of /proc/PID/stat after the name
 
 
 def cpu_seconds(roots: Iterable[int]) -> float:
@@ -29,6 +29,12 @@ def memory_mb(roots: Iterable[int]) -> float:
     """Proportional set size of `roots` and all their descendants, in 1e6 bytes: a page that n processes share
     counts 1/n in each, so that a sum over processes is what they hold together."""
     return sum(map(_pss, _tree(roots, _stats()))) / 1e6
+
+
+def alive(roots: Iterable[int]) -> int:
+    """How many processes `roots` and their descendants are, without those that have ended and were not waited for."""
+    stats = _stats()
+    return sum(stats[pid][_STATE] != "Z" for pid in _tree(roots, stats))
 
 
 class MemoryPeak(threading.Thread):
@@ -66,19 +72,22 @@ def descendant(root: int, program: str) -> int:
     raise LookupError(f"no {program} under process {root}")
 
 
-def cores_busy(seconds: float) -> float:
-    """How many cores this machine has kept busy, on average over the next `seconds`."""
-    before = _busy_seconds()
-    started = time.monotonic()
-    time.sleep(seconds)
-    return (_busy_seconds() - before) / (time.monotonic() - started)
+class OtherPrograms:
+    """How much of the machine others have used since this was made."""
+
+    def __init__(self) -> None:
+        self._started, self._before = time.monotonic(), _others_seconds()
+
+    def cores(self) -> float:
+        """Cores, on average. Processes that nobody waits for, such as our own workers, pass for others' too."""
+        return (_others_seconds() - self._before) / (time.monotonic() - self._started)
 
 
-def _busy_seconds() -> float:
+def _others_seconds() -> float:
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[1:9]
     )
-    return (user + nice + system + irq + softirq + steal) * _TICK
+    return (user + nice + system + irq + softirq + steal) * _TICK - sum(os.times()[:4])
 
 
 def _stats() -> dict[int, list[str]]:

@@ -4,7 +4,6 @@ Invariant: the zygote has one thread, has touched no GPU and has opened no conne
 forked by the host before the host starts a thread or opens a channel. Each process dies with its parent.
 """
 
-import ctypes
 import gc
 import importlib
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Policy
+from common.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-_PR_SET_PDEATHSIG = 1
 
 
 def start_zygote(policy: Policy) -> socket.socket:
@@ -90,7 +89,7 @@ def _run_child(parent: int, target: Any, *arguments: Any) -> None:
     """Runs `target` as this process's whole life: nothing of the parent's stack is unwound or flushed."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != parent:  # it died before the line above
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the host ends its children

@@ -107,8 +107,13 @@ class Federation:
         return path.read_text() if path.exists() else ""
 
     def stop(self) -> None:
-        """Ends every process it started, and what those started."""
+        """Ends every process it started, and what those started: politely first, so that coverage is written."""
         for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        for process in (p for p in self.processes if p.poll() is None):
             for pid in (process.pid, *descendants(process.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -515,6 +515,7 @@ def test_runs_share_one_budget_and_one_that_is_too_small_ends_cleanly() -> None:
 
 
 @pytest.mark.usefixtures("place")
+@pytest.mark.long
 def test_ctrl_c_and_kill_leave_no_process_and_the_next_run_goes_on() -> None:
     terms = ("ROUNDS=500", "NOISE_MULTIPLIER=20")
     for number, code, word in ((signal.SIGINT, 130, "round   2/500"), (signal.SIGKILL, -9, "goes on after round")):

@@ -47,6 +47,7 @@ def rounds_begun(run: Federation) -> int:
     return run.log("server").count(": waiting for 2 partitions")
 
 
+@pytest.mark.long
 def test_a_killed_serverapp_comes_back_and_a_second_server_is_refused(run: Federation) -> None:
     server = run.start_server()
     wait_for(lambda: rounds_begun(run) == 1, "a ServerApp that waits for clients")

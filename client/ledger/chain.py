@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from common.files import sync_directory
+
 GENESIS = "0" * 64
 
 _FALLOC_FL_KEEP_SIZE = 1
@@ -210,15 +212,6 @@ class Chain:
         if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
             raise ChainError(f"{self.path}: replaced by another file")
         return mine.st_size, mine.st_mtime_ns
-
-
-def sync_directory(path: Path) -> None:
-    """Makes a created or renamed name in `path` last."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _encode(content: dict[str, Any]) -> bytes:

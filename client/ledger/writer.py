@@ -17,6 +17,7 @@ from client.ledger import chain
 from client.ledger.account import VERSION, Account
 from client.ledger.chain import ChainError
 from common.config import Privacy
+from common.files import sync_directory
 
 
 class LedgerError(Exception):
@@ -235,4 +236,4 @@ def _write_anchor(path: Path, head: Head) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    chain.sync_directory(path.parent)
+    sync_directory(path.parent)

@@ -1,8 +1,11 @@
 """scikit-learn's 1797 handwritten digits: real, and inside a package, so the default needs no download."""
 
+from functools import cache
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
 from torch import Tensor, nn
 
 from common.tasks.classification import Classification
@@ -20,11 +23,17 @@ class Digits(Classification):
         return nn.Sequential(Contrast(), nn.Linear(64, 10, bias=False))
 
     def load(self, *, train: bool) -> Data:
-        bunch = load_digits()
+        bunch = _digits()
         order = np.random.RandomState(_SEED).permutation(len(bunch.target))
         chosen = order[: self.records] if train else order[self.records :]
         images = torch.from_numpy(bunch.images[chosen].astype(np.uint8)).unsqueeze(1)
         return Data(inputs=images, targets=torch.from_numpy(bunch.target[chosen].astype(np.int64)))
+
+
+@cache
+def _digits() -> Bunch:
+    """Parsed once: a worker that serves many partitions would otherwise spend most of its time on it."""
+    return load_digits()
 
 
 class Contrast(nn.Module):
