@@ -104,7 +104,9 @@ class Member:
             if conversation.committed:
                 self.train_seconds = done.seconds
                 self.samples_per_second = done.steps * self._policy.privacy.batch_size / done.seconds
-        self.ledger_problem = conversation.problem or self.ledger_problem
+        if conversation.problem or conversation.committed:
+            # A false anchor is refused like a true one; the next honest charge shows that the ledger was sound.
+            self.ledger_problem = conversation.problem
         self._send(outbound, time.monotonic() - started, conversation.ledger if conversation.committed else None, stop)
 
     def _send(self, outbound: Outbound, seconds: float, charged: Ledger | None, stop: threading.Event) -> None:

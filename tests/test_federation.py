@@ -5,27 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from client.policy import worst_round
-from tests.federation import ROOT, Federation, descendants, federation, wait_for
-
-
-def metrics(port: int) -> dict[tuple[str, str], float]:
-    """All samples by (name, partition)."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    return {
-        (sample.name, sample.labels.get("partition", "")): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+from tests.federation import ROOT, Federation, descendants, federation, metrics, wait_for
 
 
 def show(run: Federation, partition: str) -> dict[str, float]:

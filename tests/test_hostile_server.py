@@ -24,7 +24,7 @@ from client.fleet import Fleet, FleetError, Node
 from client.policy import Refused
 from common.messages import Proposal
 from common.tasks import TaskError, load_task
-from tests.federation import Federation, federation, free_ports, wait_for
+from tests.federation import Federation, federation, free_ports, metrics, wait_for
 
 TASK = "tests.hostile.task:Watched"
 HERE = Path(__file__).parent / "hostile"
@@ -319,6 +319,7 @@ ANCHORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", ANCHORS.values(), ids=ANCHORS)
 def test_an_anchor_that_is_not_on_the_ledger_is_a_rollback(liar: Liar, changes: dict[str, Any]) -> None:
     liar.refuses(RIGGED, liar.honest(**changes), "rollback")
+    assert metrics(liar.run.client_metrics)["fl_privacy_ledger_ok", liar.run.partitions[RIGGED]] == 0
 
 
 def test_after_all_lies_an_honest_round_trains(liar: Liar) -> None:
@@ -337,6 +338,8 @@ def test_after_all_lies_an_honest_round_trains(liar: Liar) -> None:
         if partition == HONEST:
             assert liar.records_read() > read
         liar.tells_nothing(reply)
+    # What a false anchor made doubtful, an honest charge has cleared: a lie leaves no alarm behind.
+    assert metrics(liar.run.client_metrics)["fl_privacy_ledger_ok", liar.run.partitions[RIGGED]] == 1
     assert liar.run.log("client").count(": connected\n") == 2, "a partition had to join again"
     assert "Traceback" not in liar.run.log("client")
 

@@ -491,6 +491,7 @@ def spent() -> list[float]:
 
 
 @pytest.mark.usefixtures("place")
+@pytest.mark.long
 def test_runs_share_one_budget_and_one_that_is_too_small_ends_cleanly() -> None:
     first = local("run")
     assert (first.returncode, first.stderr) == (0, "")
