@@ -15,6 +15,7 @@ from common.messages import Standing
 from server.checkpoint import Anchor, Checkpoint, Member, define, resume
 from server.history import History, rounds
 from server.outcome import UnusableError
+from tests.federation import wait_for
 
 FILE = "checkpoint.safetensors"
 
@@ -116,22 +117,23 @@ def test_a_model_that_changed_its_shape_is_refused(tmp_path: Path) -> None:
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     settings, latest = config(tmp_path), -1
     state = make(settings)
+    state.save(tmp_path)
     for _ in range(15):
+        before = (tmp_path / FILE).stat().st_ino
         child = os.fork()
         if child == 0:
             while True:
                 state.round += 1
                 state.arrays = arrays(state.round)
                 state.save(tmp_path)
-        time.sleep(random.uniform(0.005, 0.05))
+        wait_for(lambda before=before: (tmp_path / FILE).stat().st_ino != before, "the child's first save")
+        time.sleep(random.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if (tmp_path / FILE).exists():
-            state = resume(settings, arrays())
-            assert state.round >= latest
-            latest = state.round
-            np.testing.assert_array_equal(state.arrays["layer.weight"], arrays(state.round)["layer.weight"])
-    assert latest > 15  # it was killed in the middle of saving, not before
+        state = resume(settings, arrays())
+        assert state.round > latest  # it was killed in the middle of saving, not before
+        latest = state.round
+        np.testing.assert_array_equal(state.arrays["layer.weight"], arrays(state.round)["layer.weight"])
 
 
 def test_an_anchor_never_goes_backwards(tmp_path: Path) -> None:
