@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from common import certificates
 from common.certificates import PkiError as PkiError  # what this module raises, so its users find it here
 from common.certificates import load_certificate, load_key
+from common.files import sync_directory
 
 SANS = (
     "localhost",
@@ -138,7 +139,7 @@ def _issue(directory: Path, names: Sequence[x509.GeneralName], days: int) -> lis
     following = pair / "link"
     following.symlink_to(pair.name)
     following.replace(server / "current")  # the one step that changes what the server shows
-    _sync(server)
+    sync_directory(server)
     for old in server.glob("pair-*"):
         if old != pair:
             shutil.rmtree(old)
@@ -174,16 +175,8 @@ def _write(path: Path, data: bytes, *, mode: int) -> Path:
         os.link(temporary, path)
     finally:
         temporary.unlink()
-    _sync(path.parent)
+    sync_directory(path.parent)
     return path
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _show(directory: Path) -> list[str]:

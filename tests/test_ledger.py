@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
@@ -167,6 +168,23 @@ def test_a_forged_line_must_make_sense(path: Path) -> None:
         path.write_bytes(b"".join(entry.encode() for entry in [*entries, forged]))
         with pytest.raises(LedgerError, match="not valid here"):
             read(path)
+
+
+def test_what_is_only_shown_must_make_sense_too(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One partition's forged ledger must not cost the others their metrics."""
+    create(tmp_path / "good.jsonl", partition="a", privacy=terms())
+    body = chain.read(tmp_path / "good.jsonl")[0].body
+    for name in ("ledger", "partition"):
+        forged = tmp_path / f"{name}.jsonl"
+        chain.create(forged, "create", {**body, name: 5})
+        with pytest.raises(LedgerError, match="not valid here"):
+            read(forged)
+    entries = chain.read(path)
+    monkeypatch.setattr(chain, "datetime", Mock(**{"now.return_value.isoformat.return_value": "yesterday"}))
+    late = chain.Entry.after(entries[-1], "open", {"epoch": 2})
+    path.write_bytes(b"".join(entry.encode() for entry in [*entries, late]))
+    with pytest.raises(LedgerError, match=r"not valid here.*yesterday"):
+        read(path)
 
 
 def test_an_old_copy_is_found_by_the_anchor_file_and_by_the_server(tmp_path: Path, path: Path) -> None:

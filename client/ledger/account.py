@@ -1,6 +1,7 @@
 """What a ledger's entries add up to. A pure replay: the same entries, the same account, for writer and reader alike."""
 
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Account:
 
     def apply(self, entry: chain.Entry) -> None:
         try:
+            datetime.fromisoformat(entry.time)  # what follows from the time is only shown, but it must be one
             if (entry.kind == "create") != (not self.hashes):
                 raise ValueError("an account is created once, first")
             getattr(self, f"_apply_{entry.kind}")(entry, **entry.body)
@@ -54,6 +56,8 @@ class Account:
             raise ValueError(f"version {version}, this client knows {VERSION}")
         if accounting not in ("fixed", "adaptive") or (mechanism is None) == (accounting == "fixed"):
             raise ValueError("accounting and mechanism do not fit")
+        if type(ledger) is not str or type(partition) is not str:
+            raise ValueError("expected the names of ledger and partition")
         self.ledger, self.partition, self.mode = ledger, partition, accounting
         self.delta = _positive(delta)
         self.budget = _positive(epsilon)
