@@ -12,7 +12,7 @@ from benchmarks import report
 from benchmarks.processes import OtherPrograms
 from benchmarks.programs import BenchmarkError
 
-NAMES = ("message", "fleet", "accuracy")
+NAMES = ("step", "message", "fleet", "accuracy")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,19 +18,21 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client.accounting import Release
+from client.gradients import Unsupported, choose, require
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
 from client.policy import Refused, accept
 from client.training import Step, train
 from common import messages
-from common.config import Partition, Policy
+from common.config import GradientMode, Partition, Policy
 from common.messages import MessageError, Proposal, Reason, Standing
 from common.tasks import Data, Task, TaskError, load_task
 
 log = logging.getLogger(__name__)
 
 PROBE_RECORDS = 4
+MOST_TRIED = 64  # records, to find the fastest gradient mode
 
 
 class Budget(Protocol):
@@ -47,6 +49,7 @@ class Bench:
 
     policy: Policy
     round: int = 0  # of the last proposal
+    gradient_mode: GradientMode | None = None  # the policy's, or what was found to be the fastest
     _task: Task | None = None
     _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
 
@@ -64,6 +67,29 @@ class Bench:
                 raise Refused(Reason.MODEL, f"the task {self.policy.task} cannot be loaded here") from None
             self._task = task
         return self._task
+
+    def mode(self, device: torch.device) -> GradientMode:
+        """How to compute clipped sums: as the policy says, or, tried once on public records, the fastest way."""
+        if self.gradient_mode is None:
+            task, wanted = self.task(), self.policy.training.gradient_mode
+            records = min(self.policy.privacy.batch_size, self.policy.training.physical_batch_size, MOST_TRIED)
+            public = task.test_data()
+            model = task.model().to(device).train()
+            terms = (
+                task.loss, public.inputs[:records].to(device), public.targets[:records].to(device),
+                float(self.policy.privacy.max_grad_norm),
+            )  # fmt: skip
+            if wanted == "auto":
+                choice = choose(model, *terms)
+                self.gradient_mode = choice.mode
+                log.info("gradient_mode: %s (%s)", choice.mode, choice.why)
+            else:
+                try:
+                    require(wanted, model, *terms)
+                except Unsupported as error:
+                    raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (use auto)") from None
+                self.gradient_mode = wanted
+        return self.gradient_mode
 
     def data(self, partition: Partition, device: torch.device) -> Data:
         """The partition's records on `device`. Called only after the charge."""
@@ -104,6 +130,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     release = accept(proposal, policy)
     device = pick_device(policy.training.device)
     model = _load(bench.task().model, arrays).to(device)
+    mode = bench.mode(device)
     budget.reserve(message_id, release, Head(sequence=proposal.anchor_sequence, hash=proposal.anchor_head))
 
     # Dropout and the like draw from torch: a fork must not repeat its parent's draws.
@@ -119,6 +146,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
             batch_size=policy.privacy.batch_size,
             physical_batch_size=policy.training.physical_batch_size,
             learning_rate=proposal.learning_rate,
+            gradient_mode=mode,
         ),
         generator=SecureGenerator(),
     )

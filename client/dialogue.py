@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.fleet import Inbound, Outbound
-from common.config import Partition
+from common.config import GradientMode, Partition
 from common.messages import Reason
 
 
@@ -14,6 +14,7 @@ class Job:
 
     partition: Partition
     inbound: Inbound
+    gradient_mode: GradientMode | None = None  # what a worker found to be the fastest before, if one has tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,4 +42,5 @@ class Done:
     seconds: float
     steps: int  # charged
     refused: Reason | None
+    gradient_mode: GradientMode | None
     gpu_memory_bytes: int

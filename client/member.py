@@ -92,7 +92,8 @@ class Member:
         started = time.monotonic()
         conversation = Conversation(self._ledger or self._open_ledger(), self._policy.privacy)
         try:
-            done = self._workers.run(Job(partition=self.partition, inbound=inbound), conversation.answer)
+            job = Job(partition=self.partition, inbound=inbound, gradient_mode=self._workers.gradient_mode)
+            done = self._workers.run(job, conversation.answer)
         except WorkerDied:
             log.error("%s: the worker died; what it had reserved stays spent", self.partition.name)
             outbound = failure(inbound, "the worker died")

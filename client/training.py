@@ -1,21 +1,20 @@
-"""DP-SGD of one round on resident tensors: Opacus' per-record gradients, clipping and optimizer; our own randomness.
+"""DP-SGD of one round on resident tensors: Opacus' optimizer on clipped sums, with our own randomness.
 
 Abadi et al. 2016, arXiv:1607.00133, Algorithm 1: each step draws every record independently with probability
-`sample_rate`, clips each record's gradient to `max_grad_norm`, sums, adds Gaussian noise of standard deviation
-`noise_multiplier * max_grad_norm`, and divides by the *expected* batch size, a constant of the policy.
+`sample_rate`, clips each record's gradient to `max_grad_norm`, sums (client.gradients), adds Gaussian noise of standard
+deviation `noise_multiplier * max_grad_norm`, and divides by the *expected* batch size, a constant of the policy.
 """
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
 from client.accounting import Release
+from client.gradients import MODES, Loss, trainable
 from client.noise import SecureGenerator
+from common.config import GradientMode
 from common.tasks import Data
 
 
@@ -27,10 +26,11 @@ class Step:
     batch_size: int  # expected records in a batch, the divisor
     physical_batch_size: int  # records per forward pass
     learning_rate: float
+    gradient_mode: GradientMode = "hooks"
 
 
-class SecureDPOptimizer(DPOptimizer):
-    """Opacus' DPOptimizer with noise from a cryptographic generator and a bound that holds for any gradient."""
+class SecureDPOptimizer(DPOptimizerFastGradientClipping):
+    """Opacus' optimizer for sums that are clipped already, with noise from a cryptographic generator."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, generator: SecureGenerator, release: Release, step: Step
@@ -43,32 +43,26 @@ class SecureDPOptimizer(DPOptimizer):
         )
         self._secure = generator
 
-    def clip_and_accumulate(self) -> None:
-        # A record whose gradient is not finite would pass the clip (inf * 0 is NaN) and show itself in the sum:
-        # a server may send parameters made for that. It counts as zero, which keeps the bound.
-        samples = self.grad_samples
-        norms = samples[0].new_zeros(1, 0)
-        if len(samples[0]):
-            norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in samples])
-        bad = ~norms.isfinite().all(dim=0)  # [batch]
-        if bad.any():
-            for parameter in self.params:
-                parameter.grad_sample = parameter.grad_sample.masked_fill(
-                    bad.view(-1, *[1] * (parameter.grad_sample.dim() - 1)), 0.0
-                )
-        super().clip_and_accumulate()
+    def add(self, sums: list[Tensor]) -> None:
+        """Adds a part of the batch: its clipped sums, one per parameter."""
+        for parameter, part in zip(self.params, sums, strict=True):
+            total = parameter.summed_grad
+            parameter.summed_grad = part if total is None else total.add_(part)
+
+    def accumulate(self) -> None:
+        """All parts were added before the step: there is no `grad` to take over."""
 
     def add_noise(self) -> None:
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             total = parameter.summed_grad
             noise = self._secure.normal(total.shape, std, device=total.device, dtype=total.dtype)
-            parameter.grad = (total + noise).view_as(parameter)
+            parameter.grad = noise.add_(total).view_as(parameter)
 
 
 def train(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     data: Data,
     *,
     release: Release,
@@ -81,24 +75,14 @@ def train(
     records is noised and counts like any other.
     """
     model.train()
-    # A model of one layer has no gradient with respect to its input, which torch remarks upon each time.
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    # What Opacus would be strict about, client.model_check has checked by its effect.
-    wrapped = GradSampleModule(model, loss_reduction="sum", strict=False)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = SecureDPOptimizer(torch.optim.SGD(parameters, lr=step.learning_rate), generator, release, step)
+    sums = MODES[step.gradient_mode](model, loss, step.max_grad_norm)
+    optimizer = SecureDPOptimizer(torch.optim.SGD(trainable(model), lr=step.learning_rate), generator, release, step)
     try:
         for _ in range(release.steps):
             drawn = generator.poisson_mask(len(data.inputs), release.sample_rate).nonzero().squeeze(1)
-            chunks = drawn.to(data.inputs.device).split(step.physical_batch_size)
-            for index, chunk in enumerate(chunks):
-                optimizer.zero_grad(set_to_none=True)
-                if len(chunk):
-                    loss(wrapped(data.inputs[chunk]), data.targets[chunk]).sum().backward()
-                else:
-                    for parameter in parameters:
-                        parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
-                optimizer.signal_skip_step(do_skip=index < len(chunks) - 1)
-                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for chunk in drawn.to(data.inputs.device).split(step.physical_batch_size):  # one, empty, of no records
+                optimizer.add(sums(data.inputs[chunk], data.targets[chunk]))
+            optimizer.step()
     finally:
-        wrapped.to_standard_module()
+        sums.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from client.dialogue import Ask, Done, Job
 from client.zygote import fork_worker
+from common.config import GradientMode
 
 
 class WorkerDied(Exception):
@@ -29,6 +30,7 @@ class Workers:
         self._idle: list[tuple[str, Connection]] = []  # (partition last served, connection)
         self._gpu_memory: dict[Connection, int] = {}
         self.deaths = 0
+        self.gradient_mode: GradientMode | None = None  # what a worker chose, so that the next one need not try
 
     def gpu_memory_bytes(self) -> int:
         """Reserved by the workers that live."""
@@ -61,6 +63,7 @@ class Workers:
                 except BaseException:
                     self._discard(worker)
                     raise
+                self.gradient_mode = said.gradient_mode
                 with self._lock:
                     self._idle.append((job.partition.name, worker))
                     self._gpu_memory[worker] = said.gpu_memory_bytes

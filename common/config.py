@@ -16,6 +16,7 @@ PARTITION_NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 FilePath = Annotated[Path, Field(strict=False)]
+GradientMode = Literal["hooks", "book_keeping"]  # how client.gradients computes clipped sums
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):[0-9]{1,5}$")]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
 
@@ -109,6 +110,7 @@ class Training(_Section):
     weight: Positive = 1.0  # of this owner's updates in the average: a public constant, not a record count
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_workers: Count = 2  # partitions that train at the same time
+    gradient_mode: Literal["auto", GradientMode] = "auto"  # auto: the faster one here, found by trying
     idle_seconds: Positive = 30.0  # a worker without a job ends then, which returns its GPU memory
 
 

@@ -1,0 +1,225 @@
+"""One layer's part in the per-record gradients, from its input and the gradient of its output.
+
+Each class answers two questions: the squared norms of the records' gradients, and, once the records' factors are
+known, the sums of the scaled gradients. Nothing else of the layer is needed, so that one backward pass through the
+model serves all layers (Bu et al. 2023, arXiv:2210.00038, "book-keeping").
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROUND = 2.0**-53  # unit roundoff of float64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norms:
+    """Of the records' gradients in one layer, float64 [batch] each."""
+
+    squared: Tensor
+    slack: Tensor | float = 0.0  # bounds what the rounding of the sums may add to a record's gradient, per unit factor
+
+
+class Part(Protocol):
+    """One layer in one pass."""
+
+    def norms(self) -> Norms: ...
+    def sums(self, scale: Tensor) -> list[Tensor]:
+        """One sum per trainable parameter of the layer, in the order of its `parameters(recurse=False)`."""
+        ...
+
+
+class Product:
+    """A layer that multiplies: Linear and the convolutions. Its output at place t is weight @ a[t] (+ bias).
+
+    `inputs` [batch, groups, d, places], `gradients` [batch, groups, p, places]. With one place, or few for the size
+    of the weight, the norm comes from inner products ("ghost norm", Goodfellow 2015, Li et al. 2021) in float64, since
+    their terms may cancel; else from the gradients themselves, which are then what is summed.
+    """
+
+    def __init__(self, layer: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+        own = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+        self._weight, self._bias = own.get("weight"), own.get("bias")
+        self._inputs, self._gradients = inputs, gradients
+        (d, places), p = inputs.shape[2:], gradients.shape[2]
+        self._whole: Tensor | None = None
+        if self._weight is not None and places * d * p <= 2 * places**2 * (d + p) and places > 1:
+            self._whole = (inputs @ gradients.mT).mT  # [batch, groups, p, d]; d is the longer side: faster so
+
+    def norms(self) -> Norms:
+        g = self._gradients.double() if self._whole is None else self._gradients
+        squared = torch.zeros(len(g), dtype=torch.float64, device=g.device)
+        slack: Tensor | float = 0.0
+        if self._bias is not None:
+            self._summed = self._gradients.sum(-1)  # [batch, groups, p]
+            squared += _squared(self._summed)
+        if self._whole is not None:
+            squared += _squared(self._whole)
+        elif self._weight is not None:
+            a = self._inputs.double()
+            lengths = (a.pow(2).sum(2) * g.pow(2).sum(2)).sqrt()  # [batch, groups, places]
+            places = a.shape[-1]
+            if places == 1:
+                squared += lengths.pow(2).sum((1, 2))
+            else:
+                inner = ((a.mT @ a) * (g.mT @ g)).sum((1, 2, 3)).clamp(min=0)
+                total = lengths.sum(2)  # [batch, groups]: an upper bound of the norm
+                squared += inner + _rounding(places**2 + a.shape[2] + g.shape[2], _ROUND) * total.pow(2).sum(1)
+                # The sums below add batch * places terms in the layer's own precision: their rounding is relative to
+                # the terms and not to what is left of them after they cancel.
+                unit = torch.finfo(self._gradients.dtype).eps / 2
+                slack = _rounding(len(a) * places, unit) * total.pow(2).sum(1).sqrt()
+        return Norms(squared=squared, slack=slack)
+
+    def sums(self, scale: Tensor) -> list[Tensor]:
+        found = []
+        if self._weight is not None:
+            if self._whole is not None:
+                found.append(_weighted(scale, self._whole).view_as(self._weight))
+            else:
+                scaled = _scaled(self._gradients, scale)
+                inputs = _scaled(self._inputs, scale != 0) if not scale.all() else self._inputs
+                found.append(torch.einsum("bgpt,bgdt->gpd", scaled, inputs).reshape(self._weight.shape))
+        if self._bias is not None:
+            found.append(_weighted(scale, self._summed).view_as(self._bias))
+        return found
+
+
+class Whole:
+    """A layer whose gradients per record are small, and are made: one [batch, *shape] per trainable parameter."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients = gradients
+
+    def norms(self) -> Norms:
+        return Norms(squared=torch.stack([_squared(gradient) for gradient in self._gradients]).sum(0))
+
+    def sums(self, scale: Tensor) -> list[Tensor]:
+        return [_weighted(scale, gradient) for gradient in self._gradients]
+
+
+class Lookup:
+    """An embedding: `indices` [batch, places] chose the rows, `gradients` [batch, places, width] are theirs."""
+
+    def __init__(self, layer: nn.Embedding, indices: Tensor, gradients: Tensor) -> None:
+        self._layer = layer
+        self._indices = indices
+        if layer.padding_idx is not None:
+            gradients = gradients.masked_fill((indices == layer.padding_idx)[..., None], 0.0)
+        self._gradients = gradients
+
+    def norms(self) -> Norms:
+        g = self._gradients.double()
+        same = self._indices[:, :, None] == self._indices[:, None, :]  # [batch, places, places]
+        places, width = g.shape[1:]
+        total = g.norm(dim=2).sum(1)
+        inner = ((g @ g.mT) * same).sum((1, 2)).clamp(min=0)
+        unit = torch.finfo(self._gradients.dtype).eps / 2
+        return Norms(
+            squared=inner + _rounding(places**2 + width, _ROUND) * total.pow(2),
+            slack=_rounding(len(g) * places, unit) * total,
+        )
+
+    def sums(self, scale: Tensor) -> list[Tensor]:
+        total = torch.zeros_like(self._layer.weight)
+        return [total.index_add_(0, self._indices.flatten(), _scaled(self._gradients, scale).flatten(0, 1))]
+
+
+def _linear(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> Part:
+    inputs, gradients = (x.reshape(len(x), 1, -1, x.shape[-1]).mT for x in (inputs, gradients))
+    return Product(layer, inputs, gradients)
+
+
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, gradients: Tensor) -> Part:
+    places = math.prod(gradients.shape[2:])
+    return Product(
+        layer,
+        _unfold(layer, inputs, gradients.shape[2:]).reshape(len(inputs), layer.groups, -1, places),
+        gradients.reshape(len(inputs), layer.groups, -1, places),
+    )
+
+
+def _unfold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, places: torch.Size) -> Tensor:
+    """What the kernel saw at each place, [batch, channels, *kernel, *places]: a view, many times faster than im2col."""
+    inputs = _pad(layer, inputs).contiguous()
+    batch, channels, *steps = inputs.stride()
+    dilated = [d * step for d, step in zip(layer.dilation, steps, strict=True)]
+    strided = [s * step for s, step in zip(layer.stride, steps, strict=True)]
+    size = (*inputs.shape[:2], *layer.kernel_size, *places)
+    return inputs.as_strided(size, (batch, channels, *dilated, *strided))
+
+
+def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    """With the layer's own padding: its amounts also say what "same" means, its mode what is put there."""
+    amounts = layer._reversed_padding_repeated_twice
+    if not any(amounts):
+        return inputs
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, amounts, mode=mode)
+
+
+def _norm(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> Part:
+    """GroupNorm and InstanceNorm: scale and shift of each channel."""
+    if isinstance(layer, nn.GroupNorm):
+        normal = F.group_norm(inputs, layer.num_groups, eps=layer.eps)
+    else:
+        normal = F.instance_norm(inputs, eps=layer.eps)  # type: ignore[arg-type]
+    each = {"weight": (normal * gradients).flatten(2).sum(2) if inputs.dim() > 2 else normal * gradients}
+    each["bias"] = gradients.flatten(2).sum(2) if inputs.dim() > 2 else gradients
+    return Whole([each[name] for name, p in layer.named_parameters(recurse=False) if p.requires_grad])
+
+
+def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, gradients: Tensor) -> Part:
+    normal = F.layer_norm(inputs, layer.normalized_shape, eps=layer.eps)
+    between = tuple(range(1, inputs.dim() - len(layer.normalized_shape)))
+    each = {"weight": normal * gradients, "bias": gradients}
+    kept = [each[name] for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
+    return Whole([x.sum(between) if between else x for x in kept])
+
+
+def _embedding(layer: nn.Embedding, indices: Tensor, gradients: Tensor) -> Part:
+    return Lookup(layer, indices.reshape(len(indices), -1), gradients.reshape(len(indices), -1, gradients.shape[-1]))
+
+
+# By exact type: a subclass may compute something else.
+PARTS: dict[type, Callable[..., Part]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.GroupNorm: _norm,
+    nn.InstanceNorm1d: _norm,
+    nn.InstanceNorm2d: _norm,
+    nn.InstanceNorm3d: _norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+}
+
+
+def _squared(gradients: Tensor) -> Tensor:
+    """Squared norms of [batch, ...], float64 [batch]."""
+    return gradients.flatten(1).norm(dim=1).double().pow(2)
+
+
+def _weighted(scale: Tensor, gradients: Tensor) -> Tensor:
+    """The sum over the batch of `scale` [batch] times `gradients` [batch, ...]; nothing of a record with factor 0."""
+    if not scale.all():
+        gradients = _scaled(gradients, scale != 0)
+    return torch.einsum("b,b...->...", scale.to(gradients.dtype), gradients)
+
+
+def _scaled(gradients: Tensor, scale: Tensor) -> Tensor:
+    """Each record's gradient times its factor: exactly zero where that is 0, be the gradient NaN."""
+    shape = (-1, *[1] * (gradients.dim() - 1))
+    scaled = gradients * scale.to(gradients.dtype).view(shape)
+    return scaled if scale.all() else scaled.masked_fill((scale == 0).view(shape), 0.0)
+
+
+def _rounding(terms: int, unit: float) -> float:
+    """Higham 2002, lemma 3.1: the relative error of a sum of products of so many terms, in any order."""
+    return terms * unit / (1 - terms * unit)
