@@ -47,6 +47,7 @@ class Bench:
 
     policy: Policy
     round: int = 0  # of the last proposal
+    run: str = ""  # of the last proposal, once it is accepted
     _task: Task | None = None
     _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
 
@@ -102,6 +103,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     proposal, arrays = _parse(content)
     bench.round = proposal.round
     release = accept(proposal, policy)
+    bench.run = proposal.run
     device = pick_device(policy.training.device)
     model = _load(bench.task().model, arrays).to(device)
     budget.reserve(message_id, release, Head(sequence=proposal.anchor_sequence, hash=proposal.anchor_head))

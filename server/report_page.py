@@ -17,7 +17,7 @@ read.</dd>
 <dt>Budget</dt>
 <dd>It belongs to the data, not to this run: it lives in the client's own ledger and is used up over all runs.
 The figures on this page are those that the clients reported; what counts is the ledger, which its owner reads
-with <code>python -m client.ledger show</code>.</dd>
+with <code>python -m client.ledger show</code>, and what the partitions have signed.</dd>
 <dt>Not covered</dt>
 <dd><ul>
 <li>That a partition takes part, and in which rounds.</li>

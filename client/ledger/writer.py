@@ -124,8 +124,10 @@ class Ledger:
             self._broken = "closed"
             self._file.close()
 
-    def reserve(self, message: str, release: Release) -> int:
+    def reserve(self, message: str, release: Release, *, run: str = "") -> int:
         """Charges `release` to the budget; returns the reservation. It is on the disk when this returns.
+
+        `run` is what the server calls the run; it says for whom the budget was spent and decides nothing.
 
         Raises:
             BudgetExhausted, DuplicateMessage, LedgerError: nothing was charged, nothing may be trained.
@@ -145,7 +147,8 @@ class Ledger:
                     f"{release.steps} steps would bring epsilon from {account.epsilon_spent:.4g} to {after:.4g},"
                     f" the budget is {account.budget:.4g} at delta {account.delta:g}"
                 )
-            return self._append("reserve", {"message": message, **asdict(release)}).sequence
+            body = {"message": message, **({"run": run} if run else {}), **asdict(release)}
+            return self._append("reserve", body).sequence
 
     def commit(self, reservation: int) -> None:
         """Records that the reservation's training was done in full. Only after this may its update leave.
