@@ -64,7 +64,7 @@ class Witness:
 
 
 def write(directory: Path, config: Federation, checkpoint: Checkpoint, *, model: bytes) -> None:
-    """Write `privacy.json`: the newest statement of each partition that was asked. Nobody signed what is around them."""
+    """Write `privacy.json`: each asked partition's newest statement, and around them what nobody signed."""
     members = sorted(checkpoint.members.items())
     content = {
         "run": checkpoint.run,
