@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client.accounting import Release
+from client.fingerprint import fingerprint, owner_key
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
@@ -37,7 +38,7 @@ class Budget(Protocol):
     """The partition's ledger, as a worker reaches it. Each call raises `Refused` where the answer is no."""
 
     def reserve(self, message: str, release: Release, head: Head) -> None: ...
-    def commit(self) -> Standing: ...
+    def commit(self, data: str) -> Standing: ...  # the fingerprint of what was trained on
     def standing(self) -> Standing | None: ...
 
 
@@ -48,6 +49,7 @@ class Bench:
     policy: Policy
     round: int = 0  # of the last proposal
     _task: Task | None = None
+    fingerprint: str = ""  # of the data of the last partition
     _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
 
     def task(self) -> Task:
@@ -71,6 +73,7 @@ class Bench:
             self._resident = None
             try:
                 loaded = self.task().train_data(partition.index, partition.of)
+                self.fingerprint = fingerprint(loaded, owner_key(self.policy.client.state))
             except Exception as error:
                 # The text of the error may quote a record.
                 raise Refused(Reason.DATA, f"the data cannot be read: {type(error).__name__}") from None
@@ -124,7 +127,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     )
     trained = ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in trainable(model).items()})
     log.info("%s: round %d trained in %.2f s", partition.name, proposal.round, time.monotonic() - started)
-    return messages.update(trained, budget.commit(), weight=float(policy.training.weight))
+    return messages.update(trained, budget.commit(bench.fingerprint), weight=float(policy.training.weight))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
