@@ -73,14 +73,21 @@ class Bench:
             self._resident = None
             try:
                 loaded = self.task().train_data(partition.index, partition.of)
-                self.fingerprint = fingerprint(loaded, owner_key(self.policy.client.state))
             except Exception as error:
                 # The text of the error may quote a record.
                 raise Refused(Reason.DATA, f"the data cannot be read: {type(error).__name__}") from None
             if len(loaded.inputs) * self.policy.privacy.delta >= 1:
                 raise Refused(Reason.DATA, "delta is not below 1/n for the data of this partition")
+            self.fingerprint = fingerprint(loaded, self._owner_key())
             self._resident = partition, Data(inputs=loaded.inputs.to(device), targets=loaded.targets.to(device))
         return self._resident[1]
+
+    def _owner_key(self) -> bytes:
+        try:
+            return owner_key(self.policy.client.state)
+        except (OSError, ValueError) as error:
+            log.error("%s", error)
+            raise Refused(Reason.DATA, "the data of this partition cannot be recognized") from None
 
 
 def client_app(bench: Bench, partition: Partition, budget: Budget) -> ClientApp:

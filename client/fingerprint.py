@@ -62,6 +62,7 @@ def _make(path: Path) -> None:
     """Appears whole or not at all; of several workers that make it at once, one's stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(os.urandom(_KEY_BYTES))
