@@ -4,8 +4,9 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,23 @@ class Site:
 
     def __init__(self, run: Federation, fleet: LyingFleet) -> None:
         self.run, self.fleet = run, fleet
+        self.port = int(run.fleet.rpartition(":")[2])
         self.folder, self.data = run.folder, run.folder / "data"
         self._public = [_public_key(run.folder / f"state/pki/public/clients/{name}.pub") for name in run.partitions]
         for key in self._public:
             fleet.admit(key)
 
-    def start(self, *, variant: str | None = None, log: str = "client", **environment: str) -> subprocess.Popen[bytes]:
-        """The client, or the variant of it that a function in `tests.attacks.variants` makes; it is connected then."""
+    def start(
+        self, *, variant: str | None = None, around: Sequence[str] = (), log: str = "client", **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """The client, or the variant of it that a function in `tests.attacks.variants` makes; it is connected then.
+
+        `around` is a Python program's arguments, which runs the command that follows them.
+        """
         before = self.run.log(log).count(": connected\n")
         module = ["-m", "tests.attacks.variants", variant] if variant else ["-m", "client"]
-        process = self.run.start(log, *module, "--policy", "policy.yaml", **environment)
+        inner = [sys.executable] if around else []
+        process = self.run.start(log, *around, *inner, *module, "--policy", "policy.yaml", **environment)
         count = len(self.run.policy_content["partitions"])
         said: Callable[[], bool] = lambda: self.run.log(log).count(": connected\n") >= before + count  # noqa: E731
         try:
