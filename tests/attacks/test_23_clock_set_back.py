@@ -1,4 +1,4 @@
-"""Attack: the machine's clock is set back, before a start or while the client runs, so that charges look old or to come.
+"""Attack: the machine's clock is set back, before a start or while the client runs, so that charges look old.
 
 What holds: nothing depends on the time but what is shown: no charge is forgotten, no message is bought twice, and a
 ledger whose times go back and forth is a sound one.
@@ -34,6 +34,7 @@ def set_clock(owner: Site, years: float) -> None:
 
 def exhaust(owner: Site) -> Sent:
     """Trains until the budget is spent; the last message that was charged."""
+    last = None
     for _ in range(100):
         sent = Sent.whole(pack(question(steps=STEPS)))
         owner.tell(PARTITION, sent)
@@ -41,6 +42,7 @@ def exhaust(owner: Site) -> Sent:
         assert reply is not None, owner.run.log("client")
         if refusal(reply) is not None:
             assert refusal(reply) == "budget_exhausted"
+            assert last is not None, "there was no budget to spend"
             return last
         moved(reply)
         last = sent

@@ -132,7 +132,7 @@ def trusts_its_disk() -> None:
         self.entries.append(entry)
         return entry
 
-    chain.Chain.append, chain.Chain.check = append, lambda self: None  # type: ignore[method-assign]
+    chain.Chain.append, chain.Chain.check = append, lambda _: None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
