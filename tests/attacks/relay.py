@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 
@@ -10,6 +11,8 @@ class Relay:
 
     def __init__(self, port: int) -> None:
         self.dead = False  # while it is, connections are taken and closed at once
+        self.instead: Callable[[socket.socket], None] | None = None  # speaks to the client in the server's place
+        self.connections = 0
         self._port = port
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -33,6 +36,11 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            self.connections += 1
+            if self.instead is not None:
+                self._open.add(client)
+                threading.Thread(target=self._speak, args=(self.instead, client), daemon=True).start()
+                continue
             try:
                 if self.dead:
                     raise ConnectionResetError
@@ -44,6 +52,11 @@ class Relay:
             self._open |= {client, server}
             for source, target in ((client, server), (server, client)):
                 threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _speak(self, instead: Callable[[socket.socket], None], client: socket.socket) -> None:
+        with client, suppress(OSError):
+            instead(client)
+        self._open.discard(client)
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
