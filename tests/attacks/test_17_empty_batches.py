@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from client.noise import SecureGenerator
 from client.training import SecureDPOptimizer
 from tests.attacks.site import LEARNING_RATE, Site, Weights, moved, site
 from tests.attacks.task import Rigged
@@ -40,30 +41,37 @@ def lonely(task: Rigged) -> None:
     task.patch.setattr(task, "losses", noted)
 
 
+def batches(task: Rigged) -> list[int]:
+    """The sizes of the batches that are drawn from now on."""
+    sizes: list[int] = []
+    poisson_mask = SecureGenerator.poisson_mask
+
+    def noted(*arguments: Any) -> Tensor:
+        mask = poisson_mask(*arguments)
+        sizes.append(int(mask.sum()))
+        return mask
+
+    task.patch.setattr(SecureGenerator, "poisson_mask", noted)
+    return sizes
+
+
 def skipping(task: Rigged) -> None:
     """The control: a client that takes no step where there is no record."""
     lonely(task)
-    step = SecureDPOptimizer.step
-
-    def step_of_some(self: SecureDPOptimizer, *arguments: Any) -> Any:
-        return step(self, *arguments) if len(self.grad_samples[0]) else None
-
-    task.patch.setattr(SecureDPOptimizer, "step", step_of_some)
+    step, drawn = SecureDPOptimizer.step, batches(task)
+    task.patch.setattr(SecureDPOptimizer, "step", lambda *arguments: step(*arguments) if drawn[-1] else None)
 
 
 def noiseless(task: Rigged) -> None:
     """The other control: an empty batch is a step, and gets no noise."""
     lonely(task)
-    add_noise = SecureDPOptimizer.add_noise
+    normal, drawn = SecureGenerator.normal, batches(task)
 
-    def add_to_some(self: SecureDPOptimizer) -> None:
-        if any(len(sample) for sample in self.grad_samples):
-            return add_noise(self)
-        for parameter in self.params:
-            parameter.grad = torch.zeros_like(parameter)
-        return None
+    def normal_for_some(*arguments: Any, **options: Any) -> Tensor:
+        noise = normal(*arguments, **options)
+        return noise if drawn[-1] else torch.zeros_like(noise)
 
-    task.patch.setattr(SecureDPOptimizer, "add_noise", add_to_some)
+    task.patch.setattr(SecureGenerator, "normal", normal_for_some)
 
 
 @pytest.fixture(scope="module")
