@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from client.accounting import Release
 from client.fingerprint import KEY, fingerprint, owner_key
 from client.fleet import pack
 from client.ledger import DataOfAnother, Ledger, LedgerError, chain, create, read
-from common.config import Privacy
 from common.tasks import Data
+from tests.attacks.data_race import PRIVACY, ROUND
 from tests.attacks.site import Site, moved, question, refusal, site
 from tests.attacks.task import Rigged
-from tests.federation import ROOT, wait_for
+from tests.federation import ROOT
 from tests.hostile.fleet import Sent
 
 FIRST, SECOND, OTHER, THIRD = range(4)  # two names for the same data, and two for others
@@ -121,60 +120,21 @@ def test_two_clients_that_race_for_the_same_data(tmp_path: Path) -> None:
         assert sorted(made.account(partition).commits for partition in range(2)) == [0, 1]
 
 
-RACERS, RACES = 6, 8
-
-# Children of one process, each with its ledger open, commit the same data at the same moment.
-RACE = """
-import contextlib, os, sys, time
-from pathlib import Path
-from client.fleet import pack
-from client.ledger import DataOfAnother, Ledger, siblings
-from tests.attacks.test_15_same_data_other_name import PRIVACY, RACERS, ROUND
-
-state, locked = Path(sys.argv[1]), sys.argv[2] == "locked"
-if not locked:
-    siblings.hold = lambda *_, **__: contextlib.nullcontext()
-gate, opened = os.pipe()
-for racer in range(RACERS):
-    if os.fork() == 0:
-        os.close(opened)
-        name = f"p{racer}"
-        ledger = Ledger.open(state / name / "ledger.jsonl", partition=name, privacy=PRIVACY)
-        reservation = ledger.reserve("m", ROUND)
-        os.read(gate, 1)
-        with contextlib.suppress(DataOfAnother):
-            ledger.commit(reservation, data="key:same")
-        os._exit(0)
-time.sleep(0.3)
-os.close(opened)
-for _ in range(RACERS):
-    assert os.wait()[1] == 0
-"""
-
-PRIVACY = Privacy(
-    epsilon=8.0, delta=1e-5, noise_multiplier=4.0, max_grad_norm=1.0, batch_size=64, records=700,
-    max_steps_per_round=4, accounting="adaptive",
-)  # fmt: skip
-ROUND = Release(noise_multiplier=4.0, sample_rate=PRIVACY.sample_rate, steps=4)
-
-
-def race(folder: Path, how: str) -> int:
-    """How many won."""
-    for racer in range(RACERS):
-        create(folder / f"p{racer}/ledger.jsonl", partition=f"p{racer}", privacy=PRIVACY)
-    subprocess.run(
-        [sys.executable, "-c", RACE, str(folder), how],
+def races(folder: Path, count: int, how: str) -> list[int]:
+    """How many of several ledgers won, for each race."""
+    output = subprocess.check_output(
+        [sys.executable, "-m", "tests.attacks.data_race", str(folder), str(count), how],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
+        text=True,
     )
-    return sum(read(folder / f"p{racer}/ledger.jsonl").commits for racer in range(RACERS))
+    return [int(word) for word in output.split()]
 
 
 def test_of_names_that_race_one_wins(tmp_path: Path) -> None:
-    assert [race(tmp_path / str(number), "locked") for number in range(RACES)] == [1] * RACES
-    # The control: without the lock several win, sooner or later.
-    wait_for(lambda: race(tmp_path / os.urandom(8).hex(), "unlocked") > 1, "a race that more than one wins", 120)
+    assert races(tmp_path / "locked", 10, "locked") == [1] * 10
+    # The control: where they do not look one at a time, several win, sooner or later.
+    assert max(races(tmp_path / "unlocked", 10, "unlocked")) > 1
 
 
 def ledger(folder: Path, name: str) -> Ledger:
