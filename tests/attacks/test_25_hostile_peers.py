@@ -165,7 +165,7 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Rela
     with site(tmp_path_factory.mktemp("peers"), clients=2) as made, closing(Relay(made.port)) as relay:
         made.run.policy_content["client"] |= {"server_address": relay.address, "max_message_bytes": 20_000_000}
         made.run.configure()
-        made.start()
+        made.start(variant="eager")
         yield made, relay
 
 

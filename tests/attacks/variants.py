@@ -49,6 +49,14 @@ def impatient() -> None:
     Node._call.__defaults__ = (2.0,)
 
 
+def eager() -> None:
+    """The client as it is, but for the seconds that it waits before it tries again."""
+    from client import fleet, member
+
+    vars(member)["BACK_OFF_SECONDS"] = (0.2, 0.5)
+    vars(fleet)["MAX_RECONNECT_MS"] = 300
+
+
 def retrains() -> None:
     """Trains again, for another charge, where a reply did not go through."""
     from client.fleet import FleetError
