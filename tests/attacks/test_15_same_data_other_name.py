@@ -205,18 +205,24 @@ def test_a_fingerprint_is_of_the_records_and_of_the_key() -> None:
 
 
 MAKE = """
-import sys
+import os, sys
 from pathlib import Path
 from client.fingerprint import owner_key
-print(owner_key(Path(sys.argv[1])).hex())
+
+for _ in range(4):
+    if os.fork() == 0:
+        print(owner_key(Path(sys.argv[1])).hex(), flush=True)
+        os._exit(0)
+assert all(os.wait()[1] == 0 for _ in range(4))
 """
 
 
 def test_the_key_is_made_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MAKE, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    made = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    keys = {process.communicate()[0].strip() for process in made} | {owner_key(tmp_path).hex()}
+    printed = subprocess.check_output(command, env=environment, text=True).split()
+    assert len(printed) == 4
+    keys = {*printed, owner_key(tmp_path).hex()}
     assert len(keys) == 1
     assert len(keys.pop()) == 64
     assert [path.name for path in tmp_path.iterdir()] == [KEY]
