@@ -64,6 +64,14 @@ class Owner:
     def signed(self, update: str | None = None) -> Signed:
         return Signer(self.policy, NAME).sign(ledger.read(self.ledger), run=RUN, update=update)
 
+    def audit(self, **changes: Any) -> None:
+        """What an audit of these terms leaves, as far as a statement takes from it."""
+        found = {
+            "ok": True, "time": "2026-01-01T00:00:00Z", "privacy": self.policy.privacy.model_dump(mode="json"),
+            "settings": [{"points": [{"one_run": 0.1}, {"one_run": 0.5}]}, {"points": [{"one_run": 0.7}]}],
+        }  # fmt: skip
+        (self.folder / "audit.json").write_text(json.dumps(found | changes))
+
     def file(self, *contents: dict[str, Any], **around: Any) -> Path:
         """A statement file, of the true statement or of these."""
         path = self.folder / "privacy.json"
@@ -164,7 +172,7 @@ def edited(value: Any) -> Any:
 
 
 def test_an_edit_of_any_field_is_caught(adaptive: Owner, capsys: pytest.CaptureFixture[str]) -> None:
-    (adaptive.folder / "audit.json").write_text('{"ok": true, "epsilon_lower_bound": 0.5, "time": "now"}')
+    adaptive.audit()
     content = adaptive.signed().content()
     ways = list(leaves(content))
     assert len(ways) > 50  # also each text of what is assumed and not covered
@@ -328,15 +336,19 @@ def test_a_charge_beyond_the_budget_is_caught(adaptive: Owner, capsys: pytest.Ca
 
 def test_an_audit_is_stated_if_there_is_one(adaptive: Owner) -> None:
     path = adaptive.folder / "audit.json"
-    for nothing in (None, "", "[]", "{}", '{"ok": "yes", "epsilon_lower_bound": 1, "time": ""}',
-                    '{"ok": true, "epsilon_lower_bound": -1, "time": ""}', "[" * 10**5):  # fmt: skip
-        if nothing is not None:
-            path.write_text(nothing)
+    assert adaptive.signed().statement.audit is None
+    for nothing in ("", "[]", "{}", "[" * 10**5):
+        path.write_text(nothing)
         assert adaptive.signed().statement.audit is None
-    path.write_text('{"ok": true, "epsilon_lower_bound": 1, "time": "2026-01-01", "more": 1}')
+    for changes in ({"ok": "yes"}, {"settings": []}, {"settings": [{"points": [{"one_run": -1.0}]}]}, {"time": None}):
+        adaptive.audit(**changes)
+        assert adaptive.signed().statement.audit is None
+    adaptive.audit()
     audit = adaptive.signed().statement.audit
     assert audit is not None
-    assert (audit.ok, audit.epsilon_lower_bound, audit.time) == (True, 1.0, "2026-01-01")
+    assert (audit.ok, audit.epsilon_lower_bound, audit.time) == (True, 0.5, "2026-01-01T00:00:00Z")
+    adaptive.content["privacy"]["max_grad_norm"] = 1.0  # other terms than those that were audited
+    assert adaptive.signed().statement.audit is None
 
 
 def test_what_the_server_writes_around_must_fit(adaptive: Owner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ class Account:
         self.messages: set[str] = set()
         self.open: dict[int, Release] = {}  # reservations without a commit, by sequence
         self.commits = 0
+        self.data: set[str] = set()  # fingerprints of what was trained on; none in ledgers from before they were kept
         self.last_time = ""
         self._runs: dict[str, Tally] = {}
         self._run_of: dict[int, str] = {}  # of the open reservations
@@ -98,7 +99,11 @@ class Account:
         tally.steps += charge.steps
         _add(self._charged, charge)
 
-    def _apply_commit(self, _: chain.Entry, *, reservation: int) -> None:
+    def _apply_commit(self, _: chain.Entry, *, reservation: int, data: str | None = None) -> None:
+        if data is not None:
+            if type(data) is not str:
+                raise ValueError("expected the data's fingerprint as a text")
+            self.data.add(data)
         _add(self._committed, self.open.pop(reservation))
         self._runs[self._run_of.pop(reservation)].commits += 1
         self.commits += 1

@@ -121,7 +121,7 @@ def state(account: Account, policy: Policy, *, run: str, update: str | None, pub
             commits=account.commits,
         ),
         update_sha256=update,
-        audit=read_audit(policy.client.audit),
+        audit=read_audit(policy),
         software=software(),
         not_covered=_NOT_COVERED,
         public_key=public_key,
@@ -142,14 +142,15 @@ def merged(composition: Composition) -> tuple[Steps, ...]:
     )
 
 
-def read_audit(path: Path) -> Audit | None:
-    """The result of the last `make audit` on this machine. None where there is none that can be read."""
+def read_audit(policy: Policy) -> Audit | None:
+    """The result of the last audit on this machine. None where there is none of these terms that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Audit(
-            ok=content["ok"], epsilon_lower_bound=float(content["epsilon_lower_bound"]), time=content["time"]
-        )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        content = json.loads(policy.client.audit.read_text(encoding="utf-8"))
+        if content["privacy"] != policy.privacy.model_dump(mode="json"):
+            return None  # an audit of other terms vouches for none of these
+        bound = float(content["settings"][0]["points"][-1]["one_run"])  # of the owner's terms, after all rounds
+        return Audit(ok=content["ok"], epsilon_lower_bound=bound, time=content["time"])
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         return None
 
 
