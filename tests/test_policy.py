@@ -112,6 +112,17 @@ def test_out_of_range_is_refused_also_from_the_wire(key: str, value: Any, expect
     assert "\n" not in caught.value.detail
 
 
+def test_a_run_may_have_a_name_that_is_safe_to_keep() -> None:
+    """It ends in the ledger and in the signed statement; it decides nothing."""
+    for name in ("", "20260101T000000Z-abcdef", "x" * 64):
+        assert accept(from_the_wire(run=name), POLICY) == accept(from_the_wire(), POLICY)
+    for name in ("x" * 65, "two words", "a\nb", "a\n", "../up", "\x1b[31m", "ü"):
+        with pytest.raises(Refused, match="run: expected a name of at most 64"):
+            accept(from_the_wire(run=name), POLICY)
+    with pytest.raises(MessageError, match="expected run as str"):
+        from_the_wire(run=1)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

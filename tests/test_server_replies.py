@@ -174,7 +174,7 @@ def test_a_true_statement_is_taken_with_a_refusal(keys: Path) -> None:
         "a novel": (lambda: ConfigRecord({"signed": "x" * 10**6}), "expected at most 32768 characters"),
         "a key twice": (lambda: ConfigRecord({"signed": '{"statement": 1, "statement": 2}'}), "twice"),
         "an epsilon that is none": (
-            lambda: ConfigRecord({"signed": stated().replace('"epsilon_spent":1.0', '"epsilon_spent":NaN')}), "."),
+            lambda: ConfigRecord({"signed": stated().replace('"epsilon_spent":1.0', '"epsilon_spent":NaN')}), "float"),
         "control characters": (
             lambda: ConfigRecord({"signed": stated().replace("digits", "\\u001b[31m")}), "task: String should match"),
         "another's": (lambda: ConfigRecord({"signed": stated(partition="b")}), "partition: states b"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives import serialization
 
 from client import ledger
@@ -113,7 +114,7 @@ def everything(owner: Owner) -> tuple[Any, ...]:
 
 def test_what_make_prints_holds(owner: Owner, capsys: pytest.CaptureFixture[str]) -> None:
     policy = owner.folder / "policy.yaml"
-    policy.write_text(json.dumps(owner.content))  # JSON is YAML
+    policy.write_text(yaml.safe_dump(owner.content))
     assert main(["make", "--policy", str(policy), "--run", RUN]) == 0
     made = owner.folder / "made.json"
     made.write_text(capsys.readouterr().out)
@@ -399,7 +400,7 @@ def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path: Path, capsys
 
 def test_make_says_what_it_lacks(adaptive: Owner, capsys: pytest.CaptureFixture[str]) -> None:
     policy = adaptive.folder / "policy.yaml"
-    policy.write_text(json.dumps(adaptive.content))
+    policy.write_text(yaml.safe_dump(adaptive.content))
     assert main(["make", "--policy", str(policy), "--partition", "nobody"]) == 2
     assert "no 'nobody' there" in capsys.readouterr().err
     assert main(["make", "--policy", str(policy), "--run", "a\nb"]) == 2
