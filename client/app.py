@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client.accounting import Release
+from client.fingerprint import fingerprint, owner_key
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
@@ -37,7 +38,7 @@ class Budget(Protocol):
     """The partition's ledger, as a worker reaches it. Each call raises `Refused` where the answer is no."""
 
     def reserve(self, message: str, release: Release, head: Head) -> None: ...
-    def commit(self) -> Standing: ...
+    def commit(self, data: str) -> Standing: ...  # the fingerprint of what was trained on
     def standing(self) -> Standing | None: ...
 
 
@@ -48,6 +49,7 @@ class Bench:
     policy: Policy
     round: int = 0  # of the last proposal
     _task: Task | None = None
+    fingerprint: str = ""  # of the data of the last partition
     _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
 
     def task(self) -> Task:
@@ -76,8 +78,16 @@ class Bench:
                 raise Refused(Reason.DATA, f"the data cannot be read: {type(error).__name__}") from None
             if len(loaded.inputs) * self.policy.privacy.delta >= 1:
                 raise Refused(Reason.DATA, "delta is not below 1/n for the data of this partition")
+            self.fingerprint = fingerprint(loaded, self._owner_key())
             self._resident = partition, Data(inputs=loaded.inputs.to(device), targets=loaded.targets.to(device))
         return self._resident[1]
+
+    def _owner_key(self) -> bytes:
+        try:
+            return owner_key(self.policy.client.state)
+        except (OSError, ValueError) as error:
+            log.error("%s", error)
+            raise Refused(Reason.DATA, "the data of this partition cannot be recognized") from None
 
 
 def client_app(bench: Bench, partition: Partition, budget: Budget) -> ClientApp:
@@ -124,7 +134,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     )
     trained = ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in trainable(model).items()})
     log.info("%s: round %d trained in %.2f s", partition.name, proposal.round, time.monotonic() - started)
-    return messages.update(trained, budget.commit(), weight=float(policy.training.weight))
+    return messages.update(trained, budget.commit(bench.fingerprint), weight=float(policy.training.weight))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from client.accounting import Release
 from client.dialogue import Ask, Denied
-from client.ledger import BudgetExhausted, DuplicateMessage, Head, Ledger, LedgerError, RolledBack
+from client.ledger import BudgetExhausted, DataOfAnother, DuplicateMessage, Head, Ledger, LedgerError, RolledBack
 from client.policy import standing
 from common.config import Privacy
 from common.messages import Reason, Standing
@@ -17,6 +17,7 @@ _REASONS: tuple[tuple[type[LedgerError], Reason], ...] = (
     (BudgetExhausted, Reason.BUDGET),
     (DuplicateMessage, Reason.DUPLICATE),
     (RolledBack, Reason.ROLLBACK),
+    (DataOfAnother, Reason.DATA),
     (LedgerError, Reason.LEDGER),
 )
 
@@ -42,10 +43,12 @@ class Conversation:
             return verbs[ask.verb](*ask.arguments)
         except LedgerError as error:
             reason = next(reason for kind, reason in _REASONS if isinstance(error, kind))
-            if reason not in (Reason.LEDGER, Reason.ROLLBACK):
+            if reason in (Reason.BUDGET, Reason.DUPLICATE):
                 return Denied(reason=reason, detail=str(error))
-            self.problem = str(error)
             log.error("%s", error)
+            if reason is Reason.DATA:
+                return Denied(reason=reason, detail="the data of this partition cannot be used")
+            self.problem = str(error)
             return Denied(reason=reason, detail="the ledger of this partition cannot be used")
 
     def _reserve(self, message: str, release: Release, head: Head) -> None:
@@ -53,11 +56,11 @@ class Conversation:
         ledger.require_head(head)
         self._reservation = ledger.reserve(message, release)
 
-    def _commit(self) -> Standing:
+    def _commit(self, data: str) -> Standing:
         ledger = self._usable()
         if self._reservation is None:
             raise LedgerError("a commit without a reservation")
-        ledger.commit(self._reservation)
+        ledger.commit(self._reservation, data=data)
         self.committed = True
         return standing(ledger.account, self._privacy)
 

@@ -37,8 +37,8 @@ class RemoteBudget:
         self._ask("reserve", message, release, head)
         self.steps = release.steps
 
-    def commit(self) -> Standing:
-        standing = self._ask("commit")
+    def commit(self, data: str) -> Standing:
+        standing = self._ask("commit", data)
         if not isinstance(standing, Standing):
             raise TypeError("no standing after a commit")
         return standing

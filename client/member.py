@@ -38,7 +38,7 @@ class Member:
         self._fleet = fleet
         self._workers = workers
         self._ledger: Ledger | None = None
-        self._node = Node(fleet, policy.key_path(partition.name))
+        self._node = Node(fleet, policy.key_path(partition.name), policy.client.max_message_bytes)
         self._idle_seconds = min(3.0, 0.3 + 0.02 * len(policy.partitions))
         self._said = ""
         self._open_ledger()

@@ -209,7 +209,7 @@ def test_the_servers_code_never_reaches_a_client(liar: Liar, tmp_path: Path) -> 
     assert (tmp_path / "bundle-code-ran").exists()
     settings = liar.run.policy.client
     fleet = Fleet(settings.server_address, liar.run.folder / settings.ca_certificate)
-    node = Node(fleet, liar.run.folder / liar.run.policy.key_path(liar.run.partitions[SPARE]))
+    node = Node(fleet, liar.run.folder / liar.run.policy.key_path(liar.run.partitions[SPARE]), 10**9)
     node.activate()
     with pytest.raises(FleetError):
         node._call(fleet.stub.GetFab, GetFabRequest(node=node._node, hash_str="x", run_id=1))

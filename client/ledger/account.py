@@ -31,6 +31,7 @@ class Account:
         self.messages: set[str] = set()
         self.open: dict[int, Release] = {}  # reservations without a commit, by sequence
         self.commits = 0
+        self.data: set[str] = set()  # fingerprints of what was trained on; none in ledgers from before they were kept
         self.last_time = ""
         self._charged: dict[Mechanism, int] = {}
         self._committed: dict[Mechanism, int] = {}
@@ -80,7 +81,11 @@ class Account:
         self.open[entry.sequence] = charge
         _add(self._charged, charge)
 
-    def _apply_commit(self, _: chain.Entry, *, reservation: int) -> None:
+    def _apply_commit(self, _: chain.Entry, *, reservation: int, data: str | None = None) -> None:
+        if data is not None:
+            if type(data) is not str:
+                raise ValueError("expected the data's fingerprint as a text")
+            self.data.add(data)
         _add(self._committed, self.open.pop(reservation))
         self.commits += 1
 
