@@ -120,7 +120,7 @@ def _suffer(child: int, fault: str, arguments: list[int]) -> bool:
 
 
 def _next(child: int) -> tuple[int, list[int]] | None:
-    """Lets it run to its next entry or exit of a call. Returns the number and arguments at an entry, None at its end."""
+    """Lets it run to its next entry or exit of a call: number and arguments, true at an entry. None at its end."""
     signal_number = 0
     while True:
         _ptrace(_SYSCALL, child, data=signal_number)

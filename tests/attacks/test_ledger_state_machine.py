@@ -8,7 +8,7 @@ refused. Real files; a crash is simulated (from one call on, none is made), sinc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from client.ledger import (
     writer,
 )
 from common.config import Privacy
+from tests.attacks.holes import lenient
 from tests.ledgers import MEMORY, release, terms
 
 STEPS = 10_000
@@ -367,19 +368,6 @@ def test_any_order_of_events_keeps_the_claim() -> None:
     run_state_machine_as_test(AnyOrder, settings=quick)
     print(f"{AnyOrder.steps} steps")
     assert AnyOrder.steps >= STEPS
-
-
-def lenient(raw: bytes, source: Path) -> list[chain.Entry]:
-    """The lines that are JSON, whatever their hashes say."""
-    entries: list[chain.Entry] = []
-    for line in raw.splitlines():
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
-            content = chain.json.loads(line)
-            del content["hash"], content["sequence"], content["prev"], content["time"]
-            entries.append(chain.Entry.after(entries[-1] if entries else None, content.pop("kind"), content))
-    if not entries:
-        raise chain.ChainError(f"{source}: empty")
-    return entries
 
 
 def forgets(self: Account, entry: chain.Entry, *, message: str, **_: Any) -> None:
