@@ -18,10 +18,10 @@ COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --ge
 	--prerelease disallow --no-emit-index-url --no-header $(if $(UPGRADE),--upgrade)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run forget test test-long lint types bench lock clean
+.PHONY: help setup run forget test test-attacks test-long lint types bench lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Parameters of make run, each as NAME=VALUE: $(PARAMETERS)'
 
 setup: $(STAMP) ## Install the pinned requirements into .venv (every verb does it when needed)
@@ -33,7 +33,10 @@ forget: setup ## Remove the demo's state, budgets included; asks first
 	@exec $(PY) -m local forget
 
 test: lint types ## Lint, types and every test that takes seconds (ARGS= goes to pytest)
-	$(PY) -m pytest -m 'not long' $(ARGS)
+	$(PY) -m pytest -m 'not long' --ignore tests/attacks $(ARGS)
+
+test-attacks: setup ## The attacks on the claim, one file a case
+	$(PY) -m pytest tests/attacks -m 'not long' $(ARGS)
 
 test-long: setup ## The tests that take minutes (ARGS= goes to pytest)
 	$(PY) -m pytest -m long $(ARGS)

@@ -28,8 +28,9 @@ def claim(path: Path, data: str) -> Iterator[None]:
     """
     state = path.parent.parent
     with hold(state / LOCK, patience=_PATIENCE_SECONDS):
-        for other in sorted(state.glob(f"*/{path.name}")):
-            if other.parent == path.parent:
+        for folder in sorted(state.iterdir()):  # `glob` would pass over what it may not read
+            other = folder / path.name
+            if folder == path.parent:
                 continue
             known = set(_fingerprints(other))
             if data in known:
@@ -43,7 +44,7 @@ def _fingerprints(path: Path) -> Iterator[str]:
     """Those in a ledger, also in one that is torn or edited: a new name is no cure for that."""
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in raw.split(b"\n"):
         if b'"data"' in line and isinstance(found := _field(line), str):
