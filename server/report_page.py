@@ -47,6 +47,7 @@ h2 { margin: 2.6rem 0 .6rem; font-size: 1.2rem; }
 .promise dd, .promise ul { margin: 0; }
 .promise ul { padding-left: 1.1rem; }
 section { overflow-x: auto; }
+pre { padding: .6rem .8rem; border: 1px solid var(--rule); overflow-x: auto; font-size: .85rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { padding-bottom: .4rem; text-align: left; color: var(--soft); }
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: left;

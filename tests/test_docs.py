@@ -28,15 +28,17 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def leads_somewhere(page: Path, text: str, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve()
+    if path and not file.exists():
+        return False
+    return not anchor or anchor in anchors(file.read_text() if path else text)
+
+
 def broken(page: Path, text: str) -> list[str]:
     """The links that lead nowhere."""
-    found = []
-    for target in links(text):
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        if (path and not file.exists()) or (anchor and anchor not in anchors(text if file == page else file.read_text())):
-            found.append(target)
-    return found
+    return [target for target in links(text) if not leads_somewhere(page, text, target)]
 
 
 def commands(text: str) -> set[tuple[str, ...]]:
