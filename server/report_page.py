@@ -45,6 +45,7 @@ h2 { margin: 2.6rem 0 .6rem; font-size: 1.2rem; }
 .promise { display: grid; grid-template-columns: 7rem 1fr; gap: .7rem 1rem; max-width: 50rem; margin: 0; }
 .promise dt { font-weight: 600; }
 .promise dd, .promise ul { margin: 0; }
+table + .promise { margin-top: 1.2rem; }
 .promise ul { padding-left: 1.1rem; }
 section { overflow-x: auto; }
 pre { padding: .6rem .8rem; border: 1px solid var(--rule); overflow-x: auto; font-size: .85rem; }

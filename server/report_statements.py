@@ -6,7 +6,7 @@ from html import escape
 from common import statement as common
 from common.certificates import fingerprint_of
 from common.statement import Signed, Statement
-from server.report_tables import table
+from server.report_tables import Html, table
 
 _HOW = """\
 <p>Each row was signed by the partition itself, with the key that it proves itself with; the server only passed it on.
@@ -42,12 +42,17 @@ def _row(said: Statement) -> tuple[str, ...]:
         f" clip {mechanism.max_grad_norm:g}; {_releases(said)}",
         said.accounting.mode,
         f"{run.rounds_charged} rounds charged, {run.rounds_committed} sent" if run else "not named",
-        f"line {said.ledger.sequence}, {said.ledger.hash[:12]}…, {said.ledger.time[:19]}",
+        f"line {said.ledger.sequence}, {said.ledger.hash[:12]}…, {said.ledger.time[:19].replace('T', ' ')}",
         f"{'passed' if audit.ok else 'VIOLATION'}, epsilon at least {audit.epsilon_lower_bound:.2f}, {audit.time[:19]}"
         if audit
         else "none",
-        fingerprint_of(common.public_key(said.public_key)),
+        _breakable(fingerprint_of(common.public_key(said.public_key))),
     )
+
+
+def _breakable(text: str) -> Html:
+    """A text without spaces that may go on in the next line."""
+    return Html("<wbr>".join(escape(text[start : start + 12]) for start in range(0, len(text), 12)))
 
 
 def _releases(said: Statement) -> str:

@@ -50,7 +50,7 @@ _NOT_COVERED = (
     "That the partition takes part, in which rounds, and how often it refused.",
     "Several records of one person, in one partition or in several: each counts for itself.",
     "Use of the same records outside this ledger.",
-    "The floating-point form of the Gaussian noise (Mironov 2012) beyond what docs/privacy.md says.",
+    "An exact proof for floating-point noise: it is rounded to a public grid (Mironov 2012, see docs/privacy.md).",
     "Timing, power and other side channels, and whoever can read the client's machine.",
     "An owner or administrator who replaces the ledger, its anchors and the key together.",
 )
@@ -162,7 +162,7 @@ def software() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # fedeps itself, where it runs from a checkout
-            found[name] = "not installed"
+            found[name] = "0+checkout"
     return found
 
 
