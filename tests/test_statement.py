@@ -335,6 +335,14 @@ def test_a_charge_beyond_the_budget_is_caught(adaptive: Owner, capsys: pytest.Ca
     assert (code, "was charged to a budget of 8" in said) == (1, True)
 
 
+def test_a_run_without_a_proper_name_is_no_ledger_of_ours(adaptive: Owner) -> None:
+    file = chain.Chain.open(adaptive.ledger)
+    file.append("reserve", {"message": "m", "run": 1, "noise_multiplier": 1.5, "sample_rate": 64 / 718, "steps": 1})
+    file.close()
+    with pytest.raises(ledger.LedgerError, match="expected the name of a run"):
+        ledger.read(adaptive.ledger)
+
+
 def test_an_audit_is_stated_if_there_is_one(adaptive: Owner) -> None:
     path = adaptive.folder / "audit.json"
     assert adaptive.signed().statement.audit is None
