@@ -11,29 +11,38 @@ STAMP := $(VENV)/.requirements-installed
 # Passed on only where the user set them, so that every default lives in config/.
 PARAMETERS := CLIENTS MIN_CLIENTS FIT_CLIENTS ROUNDS BATCH_SIZE PHYSICAL_BATCH_SIZE LR \
 	NOISE_MULTIPLIER MAX_GRAD_NORM EPSILON TASK
+PLANNED := EPSILON DELTA ROUNDS STEPS BATCH_SIZE RECORDS NOISE_MULTIPLIER
 quote = '$(subst ','\'',$1)'
-params = $(foreach p,$(PARAMETERS),$(if $(filter command environment,$(origin $p)),$(call quote,$p=$(value $p))))
+given = $(foreach p,$1,$(if $(filter command environment,$(origin $p)),$(call quote,$p=$(value $p))))
+params = $(call given,$(PARAMETERS))
 
 COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--prerelease disallow --no-emit-index-url --no-header $(if $(UPGRADE),--upgrade)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run forget test test-long lint types bench lock clean
+.PHONY: help setup run plan forget test test-attacks test-long lint types bench lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Parameters of make run, each as NAME=VALUE: $(PARAMETERS)'
+	@echo 'Parameters of make plan: $(PLANNED)'
 
 setup: $(STAMP) ## Install the pinned requirements into .venv (every verb does it when needed)
 
 run: setup ## Train: a server and its clients as processes on this machine
 	@exec $(PY) -m local run $(params)
 
+plan: setup ## What a budget buys: noise for rounds, rounds for noise; plot in runs/plan.svg
+	@exec $(PY) -m local plan $(call given,$(PLANNED))
+
 forget: setup ## Remove the demo's state, budgets included; asks first
 	@exec $(PY) -m local forget
 
 test: lint types ## Lint, types and every test that takes seconds (ARGS= goes to pytest)
-	$(PY) -m pytest -m 'not long' $(ARGS)
+	$(PY) -m pytest -m 'not long' --ignore tests/attacks $(ARGS)
+
+test-attacks: setup ## The attacks on the claim, one file a case
+	$(PY) -m pytest tests/attacks -m 'not long' $(ARGS)
 
 test-long: setup ## The tests that take minutes (ARGS= goes to pytest)
 	$(PY) -m pytest -m long $(ARGS)

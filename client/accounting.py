@@ -21,16 +21,37 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 Mode = Literal["fixed", "adaptive"]
 
-# Opacus' orders, so that its published numbers can be compared with ours.
-ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)), dtype=float)
+# Any set of orders bounds epsilon from above. These hold all of Opacus' and of dp-accounting's own, and more: by
+# Opacus' alone a small budget would be counted twice. At fractional orders dp-accounting takes the absolute value of an
+# alternating series, which is up to 3% too much at budgets above 10, and never too little.
+ORDERS = np.unique(
+    np.concatenate(
+        [
+            np.arange(1.05, 2.999, 0.05).round(2),
+            np.arange(30, 110) / 10,
+            np.arange(55, 80) / 5,
+            np.arange(32, 64) / 2,
+            np.arange(32, 128),
+            np.geomspace(128, 2048, 17).round(),
+        ]
+    )
+)
 
-# An upper bound at any interval; at this one within 0.1% of the value at a tenth of it.
-DISCRETIZATION = 1e-3
+# Losses are rounded up to a grid, so that any interval gives an upper bound, but each step adds to the error: it has to
+# be fine beside what a step loses, which is about sample_rate / noise_multiplier. It must not depend on the steps, or
+# epsilon could fall from one round to the next.
+DISCRETIZATION = 1e-3  # at most; a tenth of a step's loss is within 0.1% of the value at a finer one
+_LEAST_DISCRETIZATION = 1e-5
 
 # dp-accounting says so for every fractional order that it leaves out; the bound stays valid without them.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 MAX_ROUNDS = 1_000_000  # a bound for searches, far beyond any training
+NOISE_STEPS = 1000  # a noise multiplier is searched for in steps of 1 / 1000
+
+
+# Beyond these bounds the accountants overflow, and nobody trains there.
+LEAST_NOISE, MOST_NOISE = 0.01, 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +71,7 @@ class Release:
         for name in ("noise_multiplier", "sample_rate"):
             if type(getattr(self, name)) is not float:
                 raise ValueError(f"expected {name}={getattr(self, name)!r} as a float")
-        # Beyond these bounds the accountants overflow, and nobody trains there.
-        if not 0.01 <= self.noise_multiplier <= 1e6:
+        if not LEAST_NOISE <= self.noise_multiplier <= MOST_NOISE:
             raise ValueError(f"expected noise_multiplier={self.noise_multiplier} in [0.01, 1e6]")
         if not 1e-9 <= self.sample_rate <= 1:
             raise ValueError(f"expected sample_rate={self.sample_rate} in [1e-9, 1]")
@@ -80,7 +100,8 @@ def epsilon(mode: Mode, composition: Composition, delta: float) -> float:
     if mode == "adaptive":
         rdp = sum(steps * _rdp_of_one_step(mechanism) for mechanism, steps in composition)
         return float(compute_epsilon(ORDERS, rdp, delta)[0])
-    accountant = PLDAccountant(value_discretization_interval=DISCRETIZATION)
+    interval = min(DISCRETIZATION, *(rate / noise / 10 for (noise, rate), _ in composition))
+    accountant = PLDAccountant(value_discretization_interval=max(_LEAST_DISCRETIZATION, interval))
     for (noise_multiplier, sample_rate), steps in sorted(composition):
         accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
     return float(accountant.get_epsilon(delta))
@@ -98,6 +119,38 @@ def rounds_within(budget: float, mode: Mode, spent: Composition, round_: Release
         return epsilon(mode, frozenset(more.items()), delta) <= budget
 
     return _largest(fits)
+
+
+def noise_within(budget: float, mode: Mode, *, sample_rate: float, steps: int, delta: float) -> float:
+    """The least noise multiplier with which `steps` steps fit in a new ledger's `budget`, rounded up to 0.001.
+
+    It fits by the same account that the ledger keeps; what is 0.001 less does not.
+
+    Raises:
+        ValueError: not even the largest noise multiplier that a release may have is enough.
+    """
+
+    def fits(thousandths: int) -> bool:
+        step = Release(noise_multiplier=thousandths / NOISE_STEPS, sample_rate=sample_rate, steps=steps)
+        return epsilon(mode, compose([step]), delta) <= budget
+
+    least, most = round(LEAST_NOISE * NOISE_STEPS), round(MOST_NOISE * NOISE_STEPS)
+    high = NOISE_STEPS
+    if mode == "fixed":  # never more than by Renyi DP, which is quicker asked
+        high = round(NOISE_STEPS * noise_within(budget, "adaptive", sample_rate=sample_rate, steps=steps, delta=delta))
+    while not fits(high):
+        if high == most:
+            raise ValueError(f"no noise multiplier up to {MOST_NOISE:g} keeps {steps} steps within epsilon {budget:g}")
+        high = min(most, 2 * high)
+    low = high
+    while low > least and fits(low):
+        high, low = low, max(least, low * 3 // 4)
+    if fits(low):
+        return low / NOISE_STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high / NOISE_STEPS
 
 
 @lru_cache(maxsize=1024)

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client.accounting import Release
+from client.fingerprint import fingerprint, owner_key
 from client.gradients import Unsupported, choose, require
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
@@ -39,7 +40,7 @@ class Budget(Protocol):
     """The partition's ledger, as a worker reaches it. Each call raises `Refused` where the answer is no."""
 
     def reserve(self, message: str, release: Release, head: Head) -> None: ...
-    def commit(self) -> Standing: ...
+    def commit(self, data: str) -> Standing: ...  # the fingerprint of what was trained on
     def standing(self) -> Standing | None: ...
 
 
@@ -50,7 +51,9 @@ class Bench:
     policy: Policy
     round: int = 0  # of the last proposal
     gradient_mode: GradientMode | None = None  # the policy's, or what was found to be the fastest
+    run: str = ""  # of the last proposal, once it is accepted
     _task: Task | None = None
+    fingerprint: str = ""  # of the data of the last partition
     _resident: tuple[Partition, Data] | None = field(default=None, repr=False)
 
     def task(self) -> Task:
@@ -102,8 +105,16 @@ class Bench:
                 raise Refused(Reason.DATA, f"the data cannot be read: {type(error).__name__}") from None
             if len(loaded.inputs) * self.policy.privacy.delta >= 1:
                 raise Refused(Reason.DATA, "delta is not below 1/n for the data of this partition")
+            self.fingerprint = fingerprint(loaded, self._owner_key())
             self._resident = partition, Data(inputs=loaded.inputs.to(device), targets=loaded.targets.to(device))
         return self._resident[1]
+
+    def _owner_key(self) -> bytes:
+        try:
+            return owner_key(self.policy.client.state)
+        except (OSError, ValueError) as error:
+            log.error("%s", error)
+            raise Refused(Reason.DATA, "the data of this partition cannot be recognized") from None
 
 
 def client_app(bench: Bench, partition: Partition, budget: Budget) -> ClientApp:
@@ -128,6 +139,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     proposal, arrays = _parse(content)
     bench.round = proposal.round
     release = accept(proposal, policy)
+    bench.run = proposal.run
     device = pick_device(policy.training.device)
     model = _load(bench.task().model, arrays).to(device)
     mode = bench.mode(device)
@@ -152,7 +164,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     )
     trained = ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in trainable(model).items()})
     log.info("%s: round %d trained in %.2f s", partition.name, proposal.round, time.monotonic() - started)
-    return messages.update(trained, budget.commit(), weight=float(policy.training.weight))
+    return messages.update(trained, budget.commit(bench.fingerprint), weight=float(policy.training.weight))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """A question to the host: `reserve`, `commit` or `standing`, with that method's arguments."""
+    """A question to the host: `reserve`, `commit`, `standing` or `statement`, with that method's arguments."""
 
     verb: str
     arguments: tuple[Any, ...] = ()

@@ -54,7 +54,7 @@ HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL / 2
 CALL_SECONDS = 60.0
 HEARTBEAT_CALL_SECONDS = 5.0  # one thread does it for all partitions
 OBJECT_SECONDS = 120.0  # for the server to have an object that it announced
-MAX_MESSAGE_BYTES = 2**31 - 1
+MAX_OBJECT_BYTES = 2**26  # Flower cuts arrays into objects of 5 MB
 MAX_RECONNECT_MS = 5_000  # gRPC's own is two minutes, in which a server that is back is not seen
 MAX_TEXT = 300
 CLIENT_APP_CRASHED = int(ErrorCode.CLIENT_APP_CRASHED)
@@ -142,8 +142,7 @@ class Fleet:
         self._ca = ca_certificate
         load_certificate(ca_certificate)  # gRPC would take anything, and then refuse every server
         options: list[tuple[str, Any]] = [
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            *((f"grpc.max_{way}_message_length", MAX_OBJECT_BYTES) for way in ("send", "receive")),
             ("grpc.keepalive_time_ms", 210_000),
             ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
         ]
@@ -181,8 +180,9 @@ class Fleet:
 class Node:
     """One partition's place in the fleet, proven by its key in every call."""
 
-    def __init__(self, fleet_: Fleet, key_path: Path) -> None:
+    def __init__(self, fleet_: Fleet, key_path: Path, max_message_bytes: int) -> None:
         self._fleet = fleet_
+        self._max_message_bytes = max_message_bytes  # of one message with all its objects
         self._key_path = key_path
         self._key: ec.EllipticCurvePrivateKey | None = None
         self._node: NodeProto | None = None
@@ -247,10 +247,12 @@ class Node:
             node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
         try:
-            objects = {
-                tree.object_id: self._pull(metadata.run_id, tree.object_id)
-                for tree in iterate_object_tree(response.message_object_trees[0])
-            }
+            objects, left = dict[str, bytes](), self._max_message_bytes
+            for tree in iterate_object_tree(response.message_object_trees[0]):
+                objects[tree.object_id] = self._pull(metadata.run_id, tree.object_id)
+                left -= len(tree.object_id) + len(objects[tree.object_id])
+                if left < 0:
+                    raise BrokenMessage(f"it has over {self._max_message_bytes} bytes (client.max_message_bytes)")
             self._call(self._fleet.stub.ConfirmMessageReceived, confirm)
         except FleetError as error:
             if error.retry:

@@ -21,8 +21,9 @@ from client.dialogue import Ask, Denied, Done, Job
 from client.fleet import CLIENT_APP_CRASHED, Outbound, failure, pack, unpack
 from client.ledger import Head
 from client.policy import Refused
+from common import messages
 from common.config import Policy
-from common.messages import REFUSAL, Reason, Standing
+from common.messages import ARRAYS, REFUSAL, STANDING, STATEMENT, Reason, Standing
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +33,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 class RemoteBudget:
     """The `Budget` of `client.app`, answered by the host."""
 
-    def __init__(self, host: Connection) -> None:
+    def __init__(self, host: Connection, bench: Bench) -> None:
         self._host = host
+        self._bench = bench
         self.steps = 0
 
     def reserve(self, message: str, release: Release, head: Head) -> None:
-        self._ask("reserve", message, release, head)
+        self._ask("reserve", message, release, head, self._bench.run)
         self.steps = release.steps
 
-    def commit(self) -> Standing:
-        standing = self._ask("commit")
+    def commit(self, data: str) -> Standing:
+        standing = self._ask("commit", data)
         if not isinstance(standing, Standing):
             raise TypeError("no standing after a commit")
         return standing
 
     def standing(self) -> Standing | None:
         return self._ask("standing")
+
+    def statement(self, update: str | None) -> str | None:
+        """The host's signed words, for a reply whose parameters have the digest `update`."""
+        return self._ask("statement", self._bench.run, update)
 
     def _ask(self, verb: str, *arguments: Any) -> Any:
         self._host.send(Ask(verb=verb, arguments=arguments))
@@ -83,8 +89,9 @@ def keep_memory() -> None:
 
 def _answer(job: Job, bench: Bench, host: Connection) -> Done:
     started = time.monotonic()
+    bench.run = ""  # until this job's proposal names one
     bench.gradient_mode = bench.gradient_mode or job.gradient_mode
-    budget = RemoteBudget(host)
+    budget = RemoteBudget(host, bench)
     outbound, refused = _reply(job, bench, budget)
     return Done(
         outbound=outbound,
@@ -113,6 +120,7 @@ def _reply(job: Job, bench: Bench, budget: RemoteBudget) -> tuple[Outbound, Reas
     )
     try:
         reply = client_app(bench, job.partition, budget)(message, context)
+        _add_statement(reply, budget)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
@@ -121,6 +129,15 @@ def _reply(job: Job, bench: Bench, budget: RemoteBudget) -> tuple[Outbound, Reas
         log.error("%s: %s at %s:%s", name, type(error).__name__, place.filename, place.lineno)
         reply = Message(Error(code=CLIENT_APP_CRASHED, reason=type(error).__name__), reply_to=message)
     return pack(reply), _refused(reply)
+
+
+def _add_statement(reply: Message, budget: RemoteBudget) -> None:
+    """Whatever says where the budget stands goes with the signed statement of it, about the bytes that leave."""
+    if not reply.has_content() or STANDING not in reply.content:
+        return
+    update = messages.digest(reply.content[ARRAYS]) if ARRAYS in reply.content else None  # type: ignore[arg-type]
+    if signed := budget.statement(update):
+        reply.content[STATEMENT] = messages.statement(signed)
 
 
 def _refused(reply: Message) -> Reason | None:

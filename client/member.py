@@ -12,6 +12,7 @@ from client.conversation import Conversation
 from client.dialogue import Job
 from client.fleet import BrokenMessage, Fleet, FleetError, Inbound, Node, Outbound, failure
 from client.ledger import Ledger, LedgerError
+from client.statement.making import Signer
 from client.workers import WorkerDied, Workers
 from common.config import Partition, Policy
 from common.messages import Reason
@@ -38,7 +39,8 @@ class Member:
         self._fleet = fleet
         self._workers = workers
         self._ledger: Ledger | None = None
-        self._node = Node(fleet, policy.key_path(partition.name))
+        self._node = Node(fleet, policy.key_path(partition.name), policy.client.max_message_bytes)
+        self._signer = Signer(policy, partition.name)
         self._idle_seconds = min(3.0, 0.3 + 0.02 * len(policy.partitions))
         self._said = ""
         self._open_ledger()
@@ -90,7 +92,7 @@ class Member:
 
     def _serve(self, inbound: Inbound, stop: threading.Event) -> None:
         started = time.monotonic()
-        conversation = Conversation(self._ledger or self._open_ledger(), self._policy.privacy)
+        conversation = Conversation(self._ledger or self._open_ledger(), self._policy.privacy, self._signer)
         try:
             job = Job(partition=self.partition, inbound=inbound, gradient_mode=self._workers.gradient_mode)
             done = self._workers.run(job, conversation.answer)

@@ -15,6 +15,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 _CHUNK = 2**15  # numbers per step: scratch memory stays small and in the cache, however large the result
+_GRID = 2.0**-24  # of a standard deviation, rounded down to a power of two
 _ZEROS = memoryview(bytes(8 * _CHUNK))  # in CTR mode, zeros encrypt to the key stream itself
 
 
@@ -42,7 +43,7 @@ class SecureGenerator:
 
         Box & Muller 1958 in float64 from 53-bit uniforms, then rounded to `dtype`; values end at 8.57
         `std`, which a true normal passes with probability 1e-17. It is a floating-point Gaussian: Mironov
-        2012 applies.
+        2012 applies, so what leaves is made by `noised`.
 
         Raises ValueError for a negative or non-finite `std`, a negative size or a `dtype` that is not
         floating point, RuntimeError in a process forked from the one that made the generator.
@@ -58,6 +59,19 @@ class SecureGenerator:
             for part in noise.view(-1).split(_CHUNK):
                 part.copy_(self._box_muller(len(part)).mul_(std))
         return noise.to(device)
+
+    def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
+        """`total` plus N(0, std**2), on a grid that depends on `std` alone; in the type and on the device of `total`.
+
+        In floating point the last bits of a sum tell its summands apart (Mironov 2012; Haney et al. 2022,
+        arXiv:2207.13793). Here they are rounded away: near one `std` some 2**28 float64 sums share a point of the
+        grid. Whatever follows, the rounding to float32 first, is a function of that point.
+        """
+        noise = self.normal(total.shape, std, device=total.device, dtype=torch.float64)
+        if std == 0:
+            return total + noise.to(total.dtype)
+        grid = _GRID * 2.0 ** math.floor(math.log2(std))
+        return noise.add_(total).div_(grid).round_().mul_(grid).to(total.dtype)
 
     def poisson_mask(self, n: int, rate: float) -> torch.Tensor:
         """Which of `n` records join a batch, bool [n]: each one independently with probability `rate`.

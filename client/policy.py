@@ -1,11 +1,13 @@
 """The owner's terms against what the server asks for: in range, or refused. Nothing is adjusted silently."""
 
 import math
+import re
 
 from client.accounting import Release
 from client.ledger import Account
 from common.config import Policy, Privacy
 from common.messages import Proposal, Reason, Standing
+from common.statement import RUN_NAME
 
 
 class Refused(Exception):
@@ -38,6 +40,8 @@ def accept(proposal: Proposal, policy: Policy) -> Release:
             Reason.POLICY,
             f"learning_rate: expected in (0, {training.max_learning_rate}], asked for {proposal.learning_rate}",
         )
+    if proposal.run and not re.fullmatch(RUN_NAME, proposal.run):
+        raise Refused(Reason.POLICY, "run: expected a name of at most 64 of A-Z a-z 0-9 . _ -")
     return _release(privacy, proposal.steps)
 
 

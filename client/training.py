@@ -56,8 +56,7 @@ class SecureDPOptimizer(DPOptimizerFastGradientClipping):
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             total = parameter.summed_grad
-            noise = self._secure.normal(total.shape, std, device=total.device, dtype=total.dtype)
-            parameter.grad = noise.add_(total).view_as(parameter)
+            parameter.grad = self._secure.noised(total, std).view_as(parameter)
 
 
 def train(

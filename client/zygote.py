@@ -10,7 +10,10 @@ import logging
 import os
 import signal
 import socket
+import sys
+import threading
 import traceback
+import warnings
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +56,7 @@ def fork_worker(zygote: socket.socket) -> Connection:
 
 def _zygote(policy: Policy, requests: socket.socket) -> None:
     os.environ.update(_ENVIRONMENT)
+    _say_no_values()
     serve = importlib.import_module("client.job").serve  # torch, opacus, flwr and the worker's own code
     _preload(policy.task)
     threads = len(os.listdir("/proc/self/task"))
@@ -97,8 +101,24 @@ def _run_child(parent: int, target: Any, *arguments: Any) -> None:
         target(*arguments)
         status = 0
     except BaseException as error:
-        # The text of an error may quote a record: only its type and place are written.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        log.error("%s at %s:%s", type(error).__name__, place.filename, place.lineno)
+        _log_error(error)
     finally:
         os._exit(status)
+
+
+def _say_no_values() -> None:
+    """What Python prints by itself of an error in a thread or a finalizer, or of a warning, may quote a record."""
+
+    def show_warning(_: Any, category: type[Warning], filename: str, lineno: int, *__: Any) -> None:
+        log.warning("%s at %s:%s", category.__name__, filename, lineno)
+
+    threading.excepthook = lambda args: _log_error(args.exc_value)
+    sys.unraisablehook = lambda args: _log_error(args.exc_value)
+    warnings.showwarning = show_warning  # type: ignore[assignment]
+
+
+def _log_error(error: BaseException | None) -> None:
+    """The text of an error may quote a record: only its type and place are written."""
+    trace = traceback.extract_tb(error.__traceback__) if error else None
+    place = f"{trace[-1].filename}:{trace[-1].lineno}" if trace else "an unknown place"
+    log.error("%s at %s", type(error).__name__, place)

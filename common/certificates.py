@@ -65,10 +65,14 @@ def openssh_public(key: ec.EllipticCurvePrivateKey, comment: str) -> bytes:
 def fingerprint(path: Path) -> str:
     """The fingerprint of an OpenSSH public key, as `ssh-keygen -l` prints it."""
     try:
-        key = serialization.load_ssh_public_key(path.read_bytes())
-        digest = serialization.ssh_key_fingerprint(key, hashes.SHA256())
+        return fingerprint_of(serialization.load_ssh_public_key(path.read_bytes()))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise PkiError(f"{path}: expected an OpenSSH public key; restore it ({error})") from error
+
+
+def fingerprint_of(key: serialization.SSHPublicKeyTypes) -> str:
+    """The same of a key that was read."""
+    digest = serialization.ssh_key_fingerprint(key, hashes.SHA256())
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 

@@ -122,7 +122,9 @@ class ClientSettings(_Section):
     ca_certificate: FilePath = Path("state/pki/public/ca.crt")
     keys: FilePath = Path("state/pki/clients")  # <keys>/<partition>/key
     state: FilePath = Path("state/clients")  # <state>/<partition>/ledger.jsonl
+    max_message_bytes: Count = 10**9  # of one request: what a hostile server can make a partition's thread hold
     anchors: FilePath | None = None  # a second place, best another volume, for each ledger's head
+    audit: FilePath = Path("state/audit/audit.json")  # the result of `python -m audit`, exported if it is there
 
 
 class Partition(_Section):

@@ -1,8 +1,11 @@
-"""A small HTTP server for `/metrics` and `/healthz`, on a thread of its own."""
+"""A small HTTP server for `/metrics` and `/healthz`, on a thread of its own. No peer can take it from the others."""
 
+import logging
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -10,8 +13,39 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
+MOST_CONNECTIONS = 16
+
+log = logging.getLogger(__name__)
+
+
 class _Server(ThreadingMixIn, WSGIServer):
+    """A thread per connection, and no more than `MOST_CONNECTIONS` of them."""
+
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._connections: deque[Any] = deque()
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Of too many peers the one that is here the longest goes: an honest one is served in milliseconds."""
+        with self._lock:
+            self._connections.append(request)
+            if len(self._connections) > MOST_CONNECTIONS:
+                with suppress(OSError):
+                    self._connections.popleft().shutdown(socket.SHUT_RDWR)  # which ends its thread
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock, suppress(ValueError):
+            self._connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """A peer that breaks off writes no traceback into our log."""
+        log.debug("%s: broken off", client_address, exc_info=True)
 
     def server_bind(self) -> None:
         """Without the standard library's reverse look-up of our own name, which can stall a start."""

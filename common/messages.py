@@ -3,15 +3,19 @@
 Request:  arrays = the global model's trainable parameters, config = a `Proposal`.
 Reply:    arrays = the noised local parameters, metrics = the public weight, config = a `Standing`; or
           config = a `Refusal` and its `Standing`. Nothing in a reply depends on the data but the noised parameters.
+          Beside a standing travels its signed statement (common.statement), where the client could make one.
 """
 
-from dataclasses import asdict, dataclass, fields
+import hashlib
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 ARRAYS, CONFIG, METRICS, REFUSAL, STANDING = "arrays", "config", "metrics", "refusal", "standing"
+STATEMENT, SIGNED = "statement", "signed"
 WEIGHT = "weight"
 
 
@@ -32,7 +36,10 @@ class MessageError(ValueError):
 
 
 class _Record:
-    """A frozen dataclass that is a ConfigRecord on the wire; types are checked, unknown keys are refused."""
+    """A frozen dataclass that is a ConfigRecord on the wire; types are checked, unknown keys are refused.
+
+    A field with a default may be absent.
+    """
 
     def to_record(self) -> ConfigRecord:
         return ConfigRecord(asdict(self))  # type: ignore[call-overload]
@@ -40,9 +47,11 @@ class _Record:
     @classmethod
     def from_record(cls, record: Any) -> Self:
         names: dict[str, Any] = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
-        if not isinstance(record, ConfigRecord) or set(record) != set(names):
+        needed = {field.name for field in fields(cls) if field.default is MISSING}  # type: ignore[arg-type]
+        if not isinstance(record, ConfigRecord) or not needed <= set(record) <= set(names):
             raise MessageError(f"expected a record of {sorted(names)}")
-        for name, wanted in names.items():
+        for name in record:
+            wanted = names[name]
             if type(record[name]) is not wanted:
                 raise MessageError(f"expected {name} as {wanted.__name__}, found {type(record[name]).__name__}")
         return cls(**record)
@@ -58,6 +67,7 @@ class Proposal(_Record):
     learning_rate: float
     anchor_sequence: int  # newest ledger head the server has seen from this partition; 0: none
     anchor_head: str
+    run: str = ""  # the server's name for the run, which ledger and statement show; empty: it has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,3 +107,18 @@ def refusal(reason: Reason, detail: str, standing: Standing | None) -> RecordDic
     if standing is not None:
         records[STANDING] = standing.to_record()
     return records
+
+
+def statement(signed: str) -> ConfigRecord:
+    """The record of a signed statement, as `common.statement.Signed.dumps` wrote it."""
+    return ConfigRecord({SIGNED: signed})
+
+
+def digest(arrays: ArrayRecord) -> str:
+    """SHA-256 over the arrays' names, types, shapes and values, in the order of the names."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.asarray(arrays[name].numpy(), order="C")
+        found.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
+        found.update(value.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()

@@ -1,4 +1,4 @@
-"""`python -m local run NAME=VALUE...` and `python -m local forget`: what `make run` and `make forget` call."""
+"""`python -m local run NAME=VALUE...`, `plan NAME=VALUE...` and `forget`: what the verbs of the Makefile call."""
 
 import argparse
 import errno
@@ -7,7 +7,7 @@ import sys
 from common.config import ConfigError
 from common.files import LockedError, hold
 from common.pki import PkiError
-from local import parameters
+from local import parameters, plan, plan_view
 from local.errors import LocalError
 from local.forgetting import forget
 from local.preparation import STATE, prepare
@@ -22,11 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="train: a server and its clients as processes on this machine")
     verb.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help=", ".join(parameters.NAMES))
+    verb = verbs.add_parser("plan", help="what a budget buys: noise for rounds, rounds for noise, in both modes")
+    verb.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help=", ".join(parameters.names(plan.Wishes)))
     verb = verbs.add_parser("forget", help="remove the demo's state, budgets included")
     verb.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
     try:
         catch_signals()
+        if options.verb == "plan":
+            _plan(parameters.read_as(plan.Wishes, options.parameters))
+            return 0
         given = parameters.read(options.parameters) if options.verb == "run" else None
         STATE.mkdir(exist_ok=True)
         with hold(_LOCK):
@@ -58,6 +63,15 @@ def _run(given: parameters.Parameters) -> None:
     finally:
         progress.clear()
     progress.finish()
+
+
+def _plan(wishes: plan.Wishes) -> None:
+    made = plan.plan(plan.terms(wishes))
+    path = made.terms.plot
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plan_view.chart(made).document(), encoding="utf-8")
+    print(plan_view.text(made))
+    print(f"The plot: {path}")
 
 
 def _refuse(line: str, code: int = 2) -> int:

@@ -7,10 +7,10 @@ partitions, and thus ledgers, of its own.
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.config import Federation, Policy, parse
 from common.tasks import SHIPPED
@@ -37,12 +37,26 @@ class Parameters:
     task: str | None = None
 
 
-_FLOATS = ("LR", "NOISE_MULTIPLIER", "MAX_GRAD_NORM", "EPSILON")
-NAMES = tuple(name.upper() for name in Parameters.__dataclass_fields__)
+Given = TypeVar("Given")
+
+_FLOATS = ("LR", "NOISE_MULTIPLIER", "MAX_GRAD_NORM", "EPSILON", "DELTA")
+
+
+def names(of: Any) -> tuple[str, ...]:
+    """How the fields of a class of parameters are written."""
+    return tuple(field.name.upper() for field in fields(of))
+
+
+NAMES = names(Parameters)
 
 
 def read(arguments: Sequence[str]) -> Parameters:
-    """The parameters in `arguments`, each NAME=VALUE.
+    """The parameters of a run; see `read_as`."""
+    return read_as(Parameters, arguments)
+
+
+def read_as(kind: type[Given], arguments: Sequence[str]) -> Given:
+    """The parameters in `arguments`, each NAME=VALUE, as a dataclass whose fields are their names in lower case.
 
     Raises:
         LocalError: an unknown name, a value out of range or of another type, a name given twice.
@@ -52,14 +66,14 @@ def read(arguments: Sequence[str]) -> Parameters:
         name, equals, text = argument.partition("=")
         if not equals:
             raise LocalError(f"{argument}: expected NAME=VALUE, as ROUNDS=3")
-        if name not in NAMES:
-            close = get_close_matches(name.upper(), NAMES, n=1, cutoff=0.5)
-            fix = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(NAMES)}"
+        if name not in names(kind):
+            close = get_close_matches(name.upper(), names(kind), n=1, cutoff=0.5)
+            fix = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names(kind))}"
             raise LocalError(f"{argument}: unknown parameter {name!r} ({fix})")
         if name.lower() in given:
             raise LocalError(f"{argument}: {name} is given twice (keep one)")
         given[name.lower()] = _value(name, text.strip())
-    return Parameters(**given)
+    return kind(**given)
 
 
 def apply(
@@ -100,8 +114,8 @@ def apply(
     )
     _set(client["training"], physical_batch_size=given.physical_batch_size)
     _require_order(server, clients)
-    _at_most("BATCH_SIZE", privacy["batch_size"], privacy["records"], "the nominal records of a partition")
-    _at_most("LR", server["learning_rate"], policy.training.max_learning_rate, "training.max_learning_rate")
+    at_most("BATCH_SIZE", privacy["batch_size"], privacy["records"], "the nominal records of a partition")
+    at_most("LR", server["learning_rate"], policy.training.max_learning_rate, "training.max_learning_rate")
     files = parse(Federation, server, source="federation.yaml"), parse(Policy, client, source="policy.yaml")
     if same_split and given.batch_size in (None, policy.privacy.batch_size):
         return files
@@ -141,10 +155,11 @@ def _set(section: dict[str, Any], **values: Any) -> None:
 
 def _require_order(server: dict[str, Any], clients: int) -> None:
     least, fit = server["min_clients"], server["fit_clients"]
-    _at_most("MIN_CLIENTS", least, clients, "CLIENTS: no more can connect")
-    _at_most("FIT_CLIENTS", fit, least, "MIN_CLIENTS: a round samples among those")
+    at_most("MIN_CLIENTS", least, clients, "CLIENTS: no more can connect")
+    at_most("FIT_CLIENTS", fit, least, "MIN_CLIENTS: a round samples among those")
 
 
-def _at_most(name: str, value: float, most: float, what: str) -> None:
+def at_most(name: str, value: float, most: float, what: str) -> None:
+    """Raises LocalError where `value` is more than `most`; `what` says why no more is possible."""
     if value > most:
         raise LocalError(f"{name}={value}: expected at most {most} ({what})")

@@ -44,6 +44,7 @@ class Member:
     refusals: int = 0
     exhausted: bool = False
     standing: dict[str, Any] | None = None  # the newest, as `Standing` has it
+    statement: str | None = None  # the newest that it signed in this run, as `Signed.dumps` has it
 
     def budget(self) -> dict[str, Any]:
         """The epsilon figures, none where the partition has not sent any."""

@@ -13,13 +13,17 @@ from common.messages import (
     METRICS,
     REFUSAL,
     STANDING,
+    STATEMENT,
     WEIGHT,
     MessageError,
     Reason,
     Refusal,
     Standing,
+    digest,
 )
+from common.statement import Signed, StatementError
 from server.checkpoint import Anchor
+from server.statements import Witness
 
 MAX_WEIGHT = 1e9  # keeps the sum of weights finite; weights are the owners' public constants, such as a nominal size
 
@@ -33,6 +37,7 @@ class Update:
     arrays: ArrayRecord
     weight: float
     standing: Standing
+    statement: Signed | StatementError | None = None  # an error: what came is none, and is dropped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,7 @@ class Refused:
     reason: Reason
     detail: str
     standing: Standing | None
+    statement: Signed | StatementError | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,24 +60,27 @@ class Failed:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read(message: Message, partition: str, *, anchor: Anchor, shapes: Shapes) -> Update | Refused | Failed:
+def read(
+    message: Message, partition: str, *, anchor: Anchor, shapes: Shapes, witness: Witness
+) -> Update | Refused | Failed:
     """The reply of the node that is registered as `partition`, to a server that knows its ledger up to `anchor`."""
     if message.has_error():
         return Failed(reason=one_line(f"error {message.error.code}: {message.error.reason}"))
     content = message.content
     try:
         if REFUSAL in content:
-            return _refused(content, partition, anchor)
+            return _refused(content, partition, anchor, witness)
         standing = _standing(content.get(STANDING), partition)
         # A client pays before it trains, so an update's ledger is ahead of the one that was known before.
         if standing.ledger_sequence <= anchor.sequence:
             raise MessageError(
                 f"expected a ledger beyond {anchor.sequence}, found {standing.ledger_sequence}"
             )
-        if set(content) != {ARRAYS, METRICS, STANDING}:
+        if set(content) - {STATEMENT} != {ARRAYS, METRICS, STANDING}:
             raise MessageError(f"expected arrays, metrics and standing, found {sorted(content)}")
-        arrays = _arrays(content[ARRAYS], shapes)
-        return Update(arrays=arrays, weight=_weight(content[METRICS]), standing=standing)
+        arrays, weight = _arrays(content[ARRAYS], shapes), _weight(content[METRICS])
+        statement = _statement(content, standing, witness, arrays)
+        return Update(arrays=arrays, weight=weight, standing=standing, statement=statement)
     # Besides ours, whatever Flower and NumPy raise about bytes that are not what they should be.
     except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError) as error:
         return Failed(reason=one_line(str(error) or repr(error)))
@@ -83,14 +92,29 @@ def one_line(text: str | None) -> str:
     return "".join(letter for letter in line if letter.isprintable())[:_MAX_TEXT]
 
 
-def _refused(content: RecordDict, partition: str, anchor: Anchor) -> Refused:
+def _refused(content: RecordDict, partition: str, anchor: Anchor, witness: Witness) -> Refused:
     refusal = Refusal.from_record(content[REFUSAL])
     if refusal.reason not in list(Reason):
         raise MessageError(f"expected a reason among {', '.join(Reason)}, found {refusal.reason!r}")
     standing = _standing(content[STANDING], partition) if STANDING in content else None
     if standing and standing.ledger_sequence < anchor.sequence:
         standing = None  # a ledger that is behind says so by refusing; its figures are out of date
-    return Refused(reason=Reason(refusal.reason), detail=one_line(refusal.detail), standing=standing)
+    statement = _statement(content, standing, witness) if standing else None
+    return Refused(
+        reason=Reason(refusal.reason), detail=one_line(refusal.detail), standing=standing, statement=statement
+    )
+
+
+def _statement(
+    content: RecordDict, standing: Standing, witness: Witness, arrays: ArrayRecord | None = None
+) -> Signed | StatementError | None:
+    """What came signed with the standing. The round does not depend on it: a false one costs itself, not the update."""
+    if STATEMENT not in content:
+        return None
+    try:
+        return witness.take(content[STATEMENT], standing, update=digest(arrays) if arrays is not None else None)
+    except StatementError as error:
+        return error
 
 
 def _standing(record: object, partition: str) -> Standing:

@@ -1,18 +1,20 @@
 """`report.html` of a run: one file without scripts that opens offline and prints.
 
-The figures of privacy are those that the clients reported. Their ledgers are the truth, and the page says so.
+The figures of privacy are those that the clients reported, and signed where a section says so. Their ledgers are the
+truth, and the page says so.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from common.files import replace
-from server import history
+from server import history, report_statements, statements
 from server.report_figures import accuracy, epsilon, known
 from server.report_page import PRIVACY, STYLE
+from server.report_tables import Html, table
 
 REASONS = {
     "budget_exhausted": "the round's worst case does not fit in what is left of the budget",
@@ -29,23 +31,18 @@ _ENDS = {
     "failed": "The run ended early. The server's log says why.",
 }
 
-Rows = Iterable[Sequence[str]]
-
-
-class _Html(str):
-    """Text that is markup already. Everything else is escaped where it enters the page."""
-
 
 def write(run_dir: Path) -> Path:
-    """Returns the path of `report.html`, made from `summary.json` and `rounds.jsonl` beside it."""
+    """Returns the path of `report.html`, made from `summary.json`, `rounds.jsonl` and `privacy.json` beside it."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     rounds = history.rounds(run_dir)
     page = run_dir / "report.html"
-    replace(page, _page(summary, rounds).encode())
+    signed = report_statements.section(statements.read(run_dir))
+    replace(page, _page(summary, rounds, signed).encode())
     return page
 
 
-def _page(summary: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
+def _page(summary: dict[str, Any], rounds: list[dict[str, Any]], signed: str) -> str:
     title = f"{summary['task']}, run {summary['run']}"
     body = [
         f"<header><p>Federated training with a privacy budget</p><h1>{escape(title)}</h1>",
@@ -55,6 +52,7 @@ def _page(summary: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
         *_section("epsilon", "Epsilon spent", epsilon(rounds)),
         *_section("partitions", "Partitions", _partitions(summary["partitions"])),
         *_section("refusals", "Refused and failed", _refusals(rounds)),
+        *_section("statements", "What each partition has signed", signed),
         *_section("privacy", "What is promised, and what is not", PRIVACY),
         *_section("rounds", "Rounds", _round_table(rounds)),
     ]
@@ -107,14 +105,14 @@ def _partitions(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     )
-    return _table("Where each budget stood after this run, as its client reported it", head, cells)
+    return table("Where each budget stood after this run, as its client reported it", head, cells)
 
 
 def _bar(spent: float | None, budget: float | None) -> str:
     if spent is None or not budget:
         return "unknown"
     share = min(100.0, 100 * spent / budget)
-    return _Html(f'{spent:.3f}<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>')
+    return Html(f'{spent:.3f}<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>')
 
 
 def _refusals(rounds: list[dict[str, Any]]) -> str:
@@ -128,7 +126,7 @@ def _refusals(rounds: list[dict[str, Any]]) -> str:
     if not found:
         return f"<p>{'Every partition that was asked trained.' if rounds else 'No round was finished.'}</p>"
     rows = ((name, why, ranges(numbers)) for (name, why), numbers in sorted(found.items()))
-    return _table("Who did not train, why, and in which rounds", ("Partition", "Why", "Rounds"), rows)
+    return table("Who did not train, why, and in which rounds", ("Partition", "Why", "Rounds"), rows)
 
 
 def _round_table(rounds: list[dict[str, Any]]) -> str:
@@ -146,19 +144,7 @@ def _round_table(rounds: list[dict[str, Any]]) -> str:
         )
         for line in rounds
     )
-    return _table("What happened in each round", head, rows)
-
-
-def _table(caption: str, head: Sequence[str], rows: Rows) -> str:
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td>{cell if isinstance(cell, _Html) else escape(cell)}</td>" for cell in rest)
-        body.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    return (
-        f"<table><caption>{escape(caption)}</caption>"
-        f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{chr(10).join(body)}\n</tbody></table>"
-    )
+    return table("What happened in each round", head, rows)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves behind when it ends: `model.safetensors`, `summary.json` and `report.html`."""
+"""What a run leaves behind when it ends: `model.safetensors`, `summary.json`, `privacy.json`, `report.html`."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,15 @@ import safetensors.numpy
 
 from common.config import Federation
 from common.files import replace
-from server import report
+from server import report, statements
 from server.checkpoint import Checkpoint
 from server.history import last_round
 
 
 def write(directory: Path, config: Federation, checkpoint: Checkpoint, *, reason: str) -> None:
     """Write them into the run's directory; what an earlier end of the same run wrote is replaced."""
-    replace(directory / "model.safetensors", safetensors.numpy.save(checkpoint.arrays))
+    model = safetensors.numpy.save(checkpoint.arrays)
+    replace(directory / "model.safetensors", model)
     last = last_round(directory) or {}
     summary = {
         "run": checkpoint.run,
@@ -37,4 +38,5 @@ def write(directory: Path, config: Federation, checkpoint: Checkpoint, *, reason
         ],
     }
     replace(directory / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+    statements.write(directory, config, checkpoint, model=model)
     report.write(directory)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from common.config import Federation
 from common.messages import Proposal, Reason, request
+from common.statement import Signed
 from server.aggregation import Aggregation, NotFiniteError, record
 from server.attendance import Attendance
 from server.checkpoint import Arrays, Checkpoint
@@ -15,6 +16,7 @@ from server.history import History
 from server.nodes import Nodes
 from server.outcome import RunError
 from server.replies import Failed, Refused, Update, one_line, read
+from server.statements import Witness
 
 _LOG = logging.getLogger(__name__)
 _EMPTY = 3  # tries in a row without an update end the run
@@ -51,6 +53,9 @@ class Strategy:
     ) -> None:
         self._config, self._attendance, self._nodes = config, attendance, nodes
         self._checkpoint, self._history, self._measure = checkpoint, history, measure
+        self._witness = Witness(
+            run=checkpoint.run, task=config.task, public_keys=config.server.public_keys
+        )
         self._shapes = {name: array.shape for name, array in checkpoint.arrays.items()}
 
     def run(self) -> str:
@@ -91,7 +96,7 @@ class Strategy:
         seconds = self._config.round_deadline_seconds
         for partition, message in self._nodes.ask(questions, candidates, group=str(number), seconds=seconds):
             anchor = self._checkpoint.anchor(partition)
-            reply = read(message, partition, anchor=anchor, shapes=self._shapes)
+            reply = read(message, partition, anchor=anchor, shapes=self._shapes, witness=self._witness)
             self._take(partition, reply, tally, aggregation)
         self._checkpoint.seconds += time.monotonic() - started
         return aggregation
@@ -107,6 +112,10 @@ class Strategy:
         if reply.standing:
             self._checkpoint.note(reply.standing)
             member.exhausted = reply.standing.rounds_remaining == 0
+        if isinstance(reply.statement, Signed):
+            member.statement = reply.statement.dumps()
+        elif reply.statement:
+            _LOG.warning("%s: its signed statement is dropped: %s", partition, one_line(str(reply.statement)))
         if isinstance(reply, Refused):
             member.refusals += 1
             member.exhausted = member.exhausted or reply.reason is Reason.BUDGET
@@ -164,6 +173,7 @@ class Strategy:
             learning_rate=self._config.learning_rate,
             anchor_sequence=anchor.sequence,
             anchor_head=anchor.head,
+            run=self._checkpoint.run,
         )
 
     def _nobody(self, number: int) -> bool:

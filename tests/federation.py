@@ -155,11 +155,11 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> 
 
 def children(pid: int) -> list[int]:
     """The direct children of a process."""
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-        return [int(c) for t in tasks for c in Path(f"/proc/{pid}/task/{t}/children").read_text().split()]
-    except OSError:
-        return []
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+        with suppress(OSError):  # a thread that has just ended has no children; the others do
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 def descendants(pid: int) -> list[int]:

@@ -4,24 +4,20 @@ A program of its own, since it forks for each point, which only a process with o
 that it walked through, and what was found wrong.
 """
 
-import ctypes
-import errno
-import fcntl
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from client.accounting import Release
-from client.ledger import Ledger, LedgerError, chain, create, read, writer
+from client.ledger import Ledger, LedgerError, create, read
 from common.config import Privacy
+from tests import syscalls
 
 PRIVACY = Privacy(
     epsilon=8.0, delta=1e-5, noise_multiplier=1.0, max_grad_norm=1.0, batch_size=64, records=700,
@@ -29,82 +25,7 @@ PRIVACY = Privacy(
 )  # fmt: skip
 RAISED = PRIVACY.model_copy(update={"epsilon": 9.0})
 ROUND = Release(noise_multiplier=1.0, sample_rate=PRIVACY.sample_rate, steps=11)
-
-# All of `os` that changes or pins something, also where pathlib calls it.
-OS_CALLS = ("open", "write", "fsync", "ftruncate", "link", "close", "unlink", "replace", "mkdir")
-KINDS = ("kill before", "kill after", "refuse", "fail after", "tear", "short")
-
-
-class Faults:
-    """Counts the calls that it is put around, and does `kind` to the `at`-th."""
-
-    def __init__(self, kind: str, at: int) -> None:
-        self.names: list[str] = []
-        self._kind = kind
-        self._at = at
-
-    def install(self) -> None:
-        for name in OS_CALLS:
-            setattr(os, name, self._around(name, getattr(os, name)))
-        fcntl.flock = self._around("flock", fcntl.flock)
-        chain._libc = SimpleNamespace(fallocate=self._around("fallocate", chain._libc.fallocate))  # type: ignore[assignment]
-        writer.open = self._open  # type: ignore[attr-defined]
-
-    def _around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            self.names.append(name)
-            kind = self._kind if len(self.names) == self._at else None
-            if kind == "kill before":
-                die()
-            if kind == "refuse":
-                return self._error(name, errno.ENOSPC)
-            if kind in ("tear", "short") and name == "write":
-                fd, data = arguments
-                written = call(fd, data[: len(data) // 2])
-                if kind == "tear":
-                    die()
-                return written
-            result = call(*arguments, **options)
-            if kind == "kill after":
-                die()
-            if kind == "fail after":
-                return self._error(name, errno.EIO)
-            return result
-
-        return wrapped
-
-    @staticmethod
-    def _error(name: str, number: int) -> int:
-        if name != "fallocate":
-            raise OSError(number, os.strerror(number))
-        ctypes.set_errno(number)
-        return -1
-
-    def _open(self, *arguments: Any, **options: Any) -> Any:
-        file = self._around("open", open)(*arguments, **options)
-        return _File(
-            file, flush=self._around("write", lambda *_: file.flush()), close=self._around("close", file.close)
-        )
-
-
-class _File:
-    """A file object whose buffer reaches the system in `flush`."""
-
-    def __init__(self, file: Any, *, flush: Callable[..., Any], close: Callable[[], None]) -> None:
-        self.write, self.fileno = file.write, file.fileno
-        self.flush = lambda: flush(None, b"")  # as `write` looks to a fault
-        self._close = close
-
-    def __enter__(self) -> "_File":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+ENOUGH = 20  # findings: a broken ledger need not be walked to its end
 
 
 def starting(folder: Path, said: Callable[[str], None]) -> None:
@@ -122,9 +43,11 @@ def serving(folder: Path, said: Callable[[str], None]) -> None:
         for number in range(2):
             reservation = ledger.reserve(f"new {number}", ROUND)
             said("reserve")
-            ledger.commit(reservation)
+            ledger.commit(reservation, data="key:data")  # the first time it looks at the other ledgers beside it
             said("commit")
-    except LedgerError:
+    except LedgerError as error:
+        if "what the others have" in str(error):  # this ledger's own file has met no error
+            raise
         try:
             ledger.reserve("after an error", ROUND)
         except LedgerError:
@@ -132,51 +55,54 @@ def serving(folder: Path, said: Callable[[str], None]) -> None:
         said("charged after an error")
 
 
-def walk(folder: Path, life: Callable[..., None], kind: str) -> tuple[list[str], list[str]]:
-    """Runs `life` in children, one for each call that it makes. Returns the calls, and what was wrong."""
-    wrong: list[str] = []
-    at = 0
-    while True:
-        at += 1
-        here = folder / "here"
-        shutil.rmtree(here, ignore_errors=True)
-        shutil.copytree(folder / "before", here)
-        names, said, problem = run(here, life, Faults(kind, at))
-        if problem:
-            wrong.append(f"{life.__name__}, {kind} call {at}: {problem}")
-        if len(names) >= at or (not names and "ended" not in said):
+def walk(folder: Path, life: Callable[..., None]) -> tuple[list[str], int, list[str]]:
+    """Runs `life` in children, one for each fault of each call that it makes.
+
+    Returns its calls, the number of faults, and what was wrong.
+    """
+    calls, _, problem = run(folder, life)
+    wrong = [f"{life.__name__}, without a fault: {problem}"] if problem else []
+    faults = 0
+    for at, call in enumerate(calls, start=1):
+        for kind in syscalls.kinds(call):
+            faults += 1
+            names, said, problem = run(folder, life, kind, at)
+            if names[:at] != calls[:at]:
+                problem = f"made other calls than without it: {names[:at]}"
+            here = folder / "here"
             path = here / ("new/ledger.jsonl" if life is starting else "ledger.jsonl")
-            finding = judge(path, folder / "before/ledger.jsonl", said, kind, here / "anchors/a.json")
-            if finding:
-                wrong.append(f"{life.__name__}, {kind} call {at}: {finding}")
-        if "ended" in said and len(names) < at:
-            return names, wrong
+            problem = problem or judge(path, folder / "before/ledger.jsonl", said, kind, here / "anchors/a.json")
+            if problem:
+                wrong.append(f"{life.__name__}, {kind} call {at}, {call}: {problem}")
+        if len(wrong) > ENOUGH:
+            break
+    return calls, faults, wrong
 
 
-def run(here: Path, life: Callable[..., None], faults: Faults) -> tuple[list[str], list[str], str | None]:
-    """What the child called and said, and the error that it should not have raised."""
+def run(
+    folder: Path, life: Callable[..., None], kind: str = "", at: int = 0
+) -> tuple[list[str], list[str], str | None]:
+    """What a child called and said, and the error that it should not have raised."""
+    here = folder / "here"
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(folder / "before", here)
     ours, theirs = os.pipe()
-    write = os.write
-    child = os.fork()
-    if child == 0:
-        status = {"names": faults.names, "problem": None}
+
+    def child() -> None:
+        problem = None
         try:
-            faults.install()
-            life(here, lambda word: write(theirs, f"{word}\n".encode()))
+            life(here, lambda word: os.write(theirs, f"{word}\n".encode()))
         except LedgerError as error:
-            status["problem"] = "several lines" if "\n" in str(error) else None
+            problem = "several lines" if "\n" in str(error) else None
         except BaseException as error:
-            status["problem"] = f"{type(error).__name__}: {error}"
-        write(theirs, f"ended\n{json.dumps(status)}\n".encode())
-        os._exit(0)
+            problem = f"{type(error).__name__}: {error}"
+        os.write(theirs, f"ended\n{json.dumps(problem)}\n".encode())
+
+    names = syscalls.trace(child, ignore=theirs, kind=kind, at=at)
     os.close(theirs)
     with os.fdopen(ours) as pipe:
         said = pipe.read().splitlines()
-    os.waitpid(child, 0)
-    if "ended" not in said:
-        return [], said, None
-    status = json.loads(said.pop())
-    return status["names"], said, status["problem"]
+    return names, said, json.loads(said.pop()) if "ended" in said else None
 
 
 def judge(path: Path, before: Path, said: list[str], kind: str, anchor: Path) -> str | None:
@@ -249,17 +175,15 @@ def main(folder: Path) -> None:
         )
     ledger.commit(ledger.reserve("old", ROUND))
     ledger.close()
-    walks: dict[str, dict[str, list[str]]] = {}
+    walks: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
     for life in (starting, serving):
-        shutil.rmtree(folder / "here", ignore_errors=True)
         before = folder / "before/anchors"
         if life is starting:
             shutil.move(before, folder / "aside")  # a partition with an anchor was used before
-        for kind in KINDS:
-            names, found = walk(folder, life, kind)
-            walks.setdefault(life.__name__, {})[kind] = names
-            wrong += found
+        calls, faults, found = walk(folder, life)
+        walks[life.__name__] = {"calls": calls, "faults": faults}
+        wrong += found
         if life is starting:
             shutil.move(folder / "aside", before)
     full, found = full_disk(folder)

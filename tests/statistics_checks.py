@@ -41,6 +41,38 @@ def normal_checks(samples: np.ndarray, std: float, lags: Sequence[int] = (1, 2, 
     return p_values
 
 
+def tail_checks(samples: np.ndarray, std: float) -> dict[str, float]:
+    """P-values for the same claim, from what lies far out: how many, how far the farthest, and the sixth moment.
+
+    Good for n >= 10**6.
+    """
+    z = np.asarray(samples, dtype=np.float64).ravel() / std
+    n = len(z)
+    p_values = {}
+    for sigma in (2.0, 3.0, 4.0, 5.0):
+        for side, count in (("above", (z > sigma).sum()), ("below", (z < -sigma).sum())):
+            p_values[f"{side} {sigma:g} sigma"] = float(stats.binomtest(int(count), n, stats.norm.sf(sigma)).pvalue)
+    farthest = np.exp(n * np.log1p(-2 * stats.norm.sf(np.abs(z).max())))  # P(no one is farther)
+    p_values["farthest"] = float(2 * min(farthest, 1 - farthest))
+    p_values["sixth moment"] = _two_sided((z**6 - 15).sum() / np.sqrt(10170 * n))  # Var z**6 = 10395 - 15**2
+    return p_values
+
+
+def autocorrelation_checks(samples: np.ndarray, lags: int) -> dict[str, float]:
+    """P-values for "no two of `samples` [n] up to `lags` apart are correlated": over all lags, and for the worst one.
+
+    Box & Pierce 1970, by one Fourier transform; `lags` is to be small against n.
+    """
+    z = np.asarray(samples, dtype=np.float64).ravel()
+    n = len(z)
+    z = (z - z.mean()) / z.std()
+    spectrum = np.fft.rfft(z, 2 ** int(np.ceil(np.log2(n + lags))))
+    products = np.fft.irfft(np.abs(spectrum) ** 2)[1 : lags + 1]
+    scores = products / np.sqrt(n - np.arange(1, lags + 1))
+    worst = -np.expm1(lags * np.log1p(-min(1 - 1e-16, _two_sided(np.abs(scores).max()))))
+    return {"all lags": _two_tails(stats.chi2(lags), (scores**2).sum()), "worst lag": float(worst)}
+
+
 def correlation_p_value(a: np.ndarray, b: np.ndarray) -> float:
     """P-value for "`a` and `b`, both [n], are not correlated" (Fisher 1915); NaN if one is constant."""
     a, b = (np.asarray(x, dtype=np.float64).ravel() for x in (a, b))

@@ -96,6 +96,7 @@ def test_common_knows_neither_flower_servers_nor_clients_nor_opacus() -> None:
     [
         ("client.ledger", (*HEAVY, "flwr", "grpc")),
         ("client.ledger.__main__", (*HEAVY, "flwr", "grpc")),
+        ("client.statement.__main__", (*HEAVY, "flwr", "grpc")),
         ("client.exporter", HEAVY),
         ("client.host", HEAVY),
         ("client.__main__", (*HEAVY, "grpc", "flwr", "numpy")),  # what runs before the zygote is forked

@@ -33,9 +33,37 @@ def finish(run: Federation) -> dict:
     return json.loads((run.folder / "runs/latest/summary.json").read_text())
 
 
+def verify(run: Federation, path: Path) -> tuple[int, str]:
+    """The exit code and the words of `python -m client.statement verify` with all that there is to compare with."""
+    keys, ledgers = run.folder / "state/pki/public/clients", run.folder / "state/clients"
+    command = [sys.executable, "-m", "client.statement", "verify", path, "--ledger", ledgers, "--public-keys", keys]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def states(run: Federation, summary: dict, *, rounds: int) -> Path:
+    """Asserts that each partition has signed what the ledger says, and that the page shows it; the file."""
+    folder = run.folder / "runs" / summary["run"]
+    path = folder / "privacy.json"
+    content = json.loads(path.read_text())
+    assert content["without_statement"] == []
+    assert [each["statement"]["partition"] for each in content["statements"]] == run.partitions
+    for each in content["statements"]:
+        said, account = each["statement"], run.account(each["statement"]["partition"])
+        assert (said["epsilon_spent"], said["ledger"]["hash"]) == (account.epsilon_spent, account.head)
+        assert said["run"]["rounds_charged"] == said["run"]["rounds_committed"] == rounds
+        assert said["run"]["name"] == summary["run"]
+        assert (said["update_sha256"] is None) == (rounds == 0)
+        assert said["ledger"]["hash"][:12] in (folder / "report.html").read_text()
+    code, words = verify(run, path)
+    assert (code, words.count("the ledger agrees")) == (0, len(run.partitions)), words
+    return path
+
+
 def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Path) -> None:
     with federation(tmp_path) as run:
         first = finish(run)
+        kept = states(run, first, rounds=3)
         assert first["rounds_completed"] == 3
         assert first["test_accuracy"] > 0.3  # far above guessing; the noise is strong here
         spent = {p["partition"]: p["epsilon_spent"] for p in first["partitions"]}
@@ -47,6 +75,15 @@ def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Pat
 
         second = finish(run)
         assert second["run"] != first["run"]
+        states(run, second, rounds=3)
+        # The first run's statements hold against ledgers that have gone on since; an old ledger does not bear them out.
+        assert verify(run, kept)[0] == 0
+        path = run.ledger_path(run.partitions[0])
+        now = path.read_bytes()
+        path.write_bytes(b"".join(now.splitlines(keepends=True)[:-8]))
+        code, said = verify(run, run.folder / "runs/latest/privacy.json")
+        assert (code, said.count("DOES NOT HOLD"), "an old copy was put back" in said) == (1, 1, True)
+        path.write_bytes(now)
         for row in second["partitions"]:
             assert row["epsilon_spent"] > spent[row["partition"]]
             assert run.account(row["partition"]).commits == 6
@@ -56,6 +93,7 @@ def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Pat
         third = finish(run)
         assert third["reason"] == "exhausted"
         assert third["rounds_completed"] == 0
+        states(run, third, rounds=0)
         for row in third["partitions"]:
             assert row["exhausted"]
             assert row["refusals"] == 1

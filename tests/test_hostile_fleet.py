@@ -16,10 +16,10 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.fleet import pack
-from common.messages import REFUSAL, STANDING, Proposal, request
+from common.messages import REFUSAL, Proposal, request
 from tests.federation import Federation, federation, wait_for
 from tests.hostile.fleet import LyingFleet, Sent, serving
-from tests.test_hostile_server import TASK, weights
+from tests.hostile.liar import TASK, weights
 
 VICTIM, OTHER = 0, 1  # partitions of one client
 QUIET_SECONDS = 1.5  # in which a message that is not answered would have been
@@ -247,48 +247,6 @@ def test_a_worker_that_dies_is_an_error_reply_and_the_charge_stays(wire: Wire) -
     assert reply.error.reason == "the worker died"
     assert wire.sequences() == [before[VICTIM] + 1, before[OTHER]]
     wire.alive()
-
-
-def test_the_same_message_twice_is_one_charge(wire: Wire) -> None:
-    name = wire.run.partitions[VICTIM]
-    before, read = wire.run.account(name), wire.records_read()
-    packed = pack(question())
-    wire.tell(VICTIM, Sent.whole(packed))
-    wire.tell(VICTIM, Sent.whole(packed))
-    first, second = wire.hear(VICTIM), wire.hear(VICTIM)
-    assert first is not None
-    assert second is not None
-    assert first.content[STANDING]["ledger_sequence"] == before.sequence + 2
-    assert second.content[REFUSAL]["reason"] == "duplicate"
-    assert set(second.content) == {REFUSAL, STANDING}
-    again = pack(question(steps=1))  # another content under the name that was charged
-    sent = Sent.whole(packed)
-    root = sent.message.metadata.message_id
-    other = Sent.whole(again)
-    other.objects[root] = other.objects.pop(other.message.metadata.message_id)
-    other.trees[0].object_id = other.message.metadata.message_id = root
-    wire.tell(VICTIM, other)
-    third = wire.hear(VICTIM)
-    assert third is not None
-    assert third.content[REFUSAL]["reason"] == "duplicate"
-    after = wire.run.account(name)
-    assert (after.sequence, after.commits) == (before.sequence + 2, before.commits + 1)
-    assert wire.records_read() == read + 2
-
-
-def test_two_messages_are_two_charges(wire: Wire) -> None:
-    """So that the test above does not pass because nothing is ever charged twice."""
-    before = wire.sequences()
-    for _ in range(2):
-        wire.tell(OTHER, Sent.whole(pack(question())))
-        time.sleep(0.01)  # their times differ, and so do their names
-    for _ in range(2):
-        reply = wire.hear(OTHER)
-        assert reply is not None
-        assert reply.has_content()
-        assert STANDING in reply.content
-        assert REFUSAL not in reply.content
-    assert wire.sequences() == [before[VICTIM], before[OTHER] + 4]
 
 
 def test_the_client_has_lived_through_all_of_it(wire: Wire) -> None:

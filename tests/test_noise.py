@@ -35,11 +35,6 @@ def test_noise_is_independent_and_normal(n: int, std: float) -> None:
     assert rejected(normal_checks(draw(SecureGenerator(), n, std), std, CHUNK_LAGS)) == {}
 
 
-@pytest.mark.long
-def test_ten_million_draws_are_independent_and_normal() -> None:
-    assert rejected(normal_checks(draw(SecureGenerator(), 10_000_000), 1.0, CHUNK_LAGS)) == {}
-
-
 def test_many_small_draws_are_as_good_as_a_large_one() -> None:
     generator = SecureGenerator()
     samples = np.concatenate([generator.normal((3, 7), 1.0).numpy().ravel() for _ in range(10_000)])

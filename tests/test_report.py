@@ -3,16 +3,20 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Set as AbstractSet
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from common.messages import Reason
-from server import charts, report
+from common import charts
+from common.certificates import new_key
+from common.messages import Reason, Standing
+from server import report
+from tests.statements import signed
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -77,7 +81,12 @@ def a_row(partition: str, spent: float | None = 1.25, **changes: object) -> dict
 
 @pytest.fixture
 def written(tmp_path: Path):
-    def _written(rounds: list[dict[str, object]], rows: list[dict[str, object]], **changes: object) -> str:
+    def _written(
+        rounds: list[dict[str, object]],
+        rows: list[dict[str, object]],
+        more: AbstractSet[str] = frozenset(),
+        **changes: object,
+    ) -> str:
         summary = {
             "run": "r1", "task": "digits", "strategy": "fedavg", "reason": "completed", "seconds": 12.25,
             "rounds_completed": len(rounds), "test_accuracy": 0.91, "partitions": rows,
@@ -86,7 +95,7 @@ def written(tmp_path: Path):
         (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
         page = report.write(tmp_path)
         assert page == tmp_path / "report.html"
-        assert {path.name for path in tmp_path.iterdir()} == {"report.html", "rounds.jsonl", "summary.json"}
+        assert {path.name for path in tmp_path.iterdir()} == {"report.html", "rounds.jsonl", "summary.json"} | more
         return page.read_text(encoding="utf-8")
 
     return _written
@@ -263,3 +272,30 @@ def test_names_at_line_ends_keep_their_order_and_distance() -> None:
     assert all(b - a >= 14 - 1e-9 for a, b in pairwise(places))
     assert places[0] >= 16
     assert places[-1] <= 250
+
+
+def test_what_was_signed_is_shown_and_escaped(tmp_path: Path, written) -> None:
+    said = Standing(
+        partition="a", epsilon_spent=1.25, epsilon_budget=8.0, delta=1e-5, rounds_remaining=3,
+        ledger_sequence=12, ledger_head="c" * 64,
+    )  # fmt: skip
+    evil = "<script>alert(1)</script>"
+    audit = {"ok": True, "epsilon_lower_bound": 0.5, "time": evil}
+    statements = [
+        signed(new_key(), said, run="r1", update=None).content(),
+        signed(new_key(), said, run="r1", update=None, partition="b", audit=audit, not_covered=(evil,)).content(),
+    ]
+    rounds = [a_round(1, {"a": standing(1.25)})]
+    assert "no file of statements" in written(rounds, [a_row("a")])
+    (tmp_path / "privacy.json").write_text(json.dumps({"statements": statements, "without_statement": ["c"]}))
+    markup = written(rounds, [a_row("a")], more={"privacy.json"})
+    page = Page(markup)
+    assert "<script" not in markup
+    first, second = page.table("What each partition has stated")
+    assert first[:2] == ["a", "1.250 of 8 at delta 1e-05"]
+    assert first[-1].startswith("SHA256:")
+    assert second[-2].startswith("passed, epsilon at least 0.50, <script>")
+    assert evil in page.text
+    assert "Without a statement in this run: c." in page.text
+    (tmp_path / "privacy.json").write_text(json.dumps({"statements": [], "without_statement": []}))
+    assert "No partition was asked in this run." in written(rounds, [a_row("a")], more={"privacy.json"})

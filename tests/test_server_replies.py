@@ -4,25 +4,33 @@ import io
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from common.messages import Reason
+from common import messages
+from common.certificates import new_key, openssh_public
+from common.messages import Reason, Standing
+from common.statement import Signed, StatementError
 from server.checkpoint import Anchor
 from server.replies import Failed, Refused, Update, read
+from server.statements import Witness
 from tests.fake_grid import FakeGrid
+from tests.statements import signed
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
 ANCHOR = Anchor(sequence=10, head="ten")
+HEAD = "c" * 64
+KEY = new_key()
 
 
 def standing(**changes: Any) -> ConfigRecord:
     content = {
         "partition": "a", "epsilon_spent": 1.0, "epsilon_budget": 3.0, "delta": 1e-5, "rounds_remaining": 5,
-        "ledger_sequence": 12, "ledger_head": "twelve",
+        "ledger_sequence": 12, "ledger_head": HEAD,
     }  # fmt: skip
     return ConfigRecord(content | changes)
 
@@ -52,15 +60,16 @@ def reply(content: RecordDict | Error) -> Message:
     return Message(content, reply_to=Message(RecordDict(), dst_node_id=7, message_type="train"))
 
 
-def parse(records: RecordDict | Error) -> Update | Refused | Failed:
-    return read(reply(records), "a", anchor=ANCHOR, shapes=SHAPES)
+def parse(records: RecordDict | Error, keys: Path = Path("none")) -> Update | Refused | Failed:
+    witness = Witness(run="one", task="digits", public_keys=keys)
+    return read(reply(records), "a", anchor=ANCHOR, shapes=SHAPES, witness=witness)
 
 
 def test_an_honest_update_is_one() -> None:
     update = parse(content())
     assert isinstance(update, Update)
     assert update.weight == 1.0
-    assert update.standing.ledger_head == "twelve"
+    assert update.standing.ledger_head == HEAD
 
 
 @pytest.mark.parametrize(
@@ -120,3 +129,80 @@ def test_the_figures_of_a_ledger_that_is_behind_are_not_taken() -> None:
     refusal = ConfigRecord({"reason": "rollback", "detail": "behind"})
     said = parse(RecordDict({"refusal": refusal, "standing": standing(ledger_sequence=4)}))
     assert said == Refused(reason=Reason.ROLLBACK, detail="behind", standing=None)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    (tmp_path / "a.pub").write_bytes(openssh_public(KEY, "a"))
+    return tmp_path
+
+
+def stated(key: Any = KEY, **changes: Any) -> str:
+    """The text of a true statement about an honest update, or of one in which the partition lies."""
+    update = messages.digest(content()["arrays"])  # type: ignore[arg-type]
+    return signed(key, Standing.from_record(standing()), run="one", update=update, **changes).dumps()
+
+
+def test_a_true_statement_is_taken_with_its_update(keys: Path) -> None:
+    text = stated()
+    update = parse(content(statement=ConfigRecord({"signed": text})), keys)
+    assert isinstance(update, Update)
+    assert update.statement == Signed.loads(text)
+
+
+def test_a_true_statement_is_taken_with_a_refusal(keys: Path) -> None:
+    text = signed(KEY, Standing.from_record(standing()), run="one", update=None).dumps()
+    records = {"refusal": ConfigRecord({"reason": "policy", "detail": ""}), "standing": standing()}
+    said = parse(RecordDict({**records, "statement": ConfigRecord({"signed": text})}), keys)
+    assert isinstance(said, Refused)
+    assert said.statement == Signed.loads(text)
+    late = {**records, "standing": standing(ledger_sequence=4), "statement": ConfigRecord({"signed": text})}
+    assert parse(RecordDict(late), keys) == Refused(reason=Reason.POLICY, detail="", standing=None)
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    {
+        "metrics": (lambda: MetricRecord({"signed": 1.0}), "expected a record with a signed statement"),
+        "arrays": (lambda: ArrayRecord(), "expected a record with a signed statement"),
+        "nothing": (lambda: ConfigRecord(), "expected a record with a signed statement"),
+        "a number": (lambda: ConfigRecord({"signed": 1}), "expected a record with a signed statement"),
+        "a key more": (lambda: ConfigRecord({"signed": stated(), "loss": 0.1}), "expected a record with a signed"),
+        "bytes": (lambda: ConfigRecord({"signed": b"{}"}), "expected a record with a signed statement"),
+        "no JSON": (lambda: ConfigRecord({"signed": "rubbish"}), "not JSON"),
+        "depth": (lambda: ConfigRecord({"signed": "[" * 20000}), "not JSON"),
+        "a novel": (lambda: ConfigRecord({"signed": "x" * 10**6}), "expected at most 32768 characters"),
+        "a key twice": (lambda: ConfigRecord({"signed": '{"statement": 1, "statement": 2}'}), "twice"),
+        "an epsilon that is none": (
+            lambda: ConfigRecord({"signed": stated().replace('"epsilon_spent":1.0', '"epsilon_spent":NaN')}), "float"),
+        "control characters": (
+            lambda: ConfigRecord({"signed": stated().replace("digits", "\\u001b[31m")}), "task: String should match"),
+        "another's": (lambda: ConfigRecord({"signed": stated(partition="b")}), "partition: states b"),
+        "another task": (lambda: ConfigRecord({"signed": stated(task="cifar10")}), "task: states cifar10"),
+        "another run": (lambda: ConfigRecord({"signed": stated(run__name="two")}), "run: states two"),
+        "an older line": (lambda: ConfigRecord({"signed": stated(ledger__sequence=11)}), "ledger.sequence: states 11"),
+        "another line": (lambda: ConfigRecord({"signed": stated(ledger__hash="d" * 64)}), "ledger.hash: states d"),
+        "less spent": (lambda: ConfigRecord({"signed": stated(epsilon_spent=0.5)}), "epsilon_spent: states 0.5"),
+        "another budget": (lambda: ConfigRecord({"signed": stated(epsilon_budget=1.0)}), "epsilon_budget: states 1"),
+        "another delta": (lambda: ConfigRecord({"signed": stated(delta=1e-6)}), "delta: states 1e-06"),
+        "other bytes": (lambda: ConfigRecord({"signed": stated(update_sha256="0" * 64)}), "update_sha256: states 0"),
+        "another key": (lambda: ConfigRecord({"signed": stated(key=new_key())}), "signed by another key"),
+        "edited": (lambda: ConfigRecord({"signed": stated().replace("1.5", "2.5")}), "the signature does not fit"),
+    }.values(),
+)  # fmt: skip
+def test_a_false_statement_costs_itself_and_not_the_update(
+    keys: Path, record: Callable[[], Any], found: str
+) -> None:
+    update = parse(content(statement=record()), keys)
+    assert isinstance(update, Update)
+    assert isinstance(update.statement, StatementError)
+    assert found in str(update.statement)
+
+
+def test_without_a_key_of_the_partition_no_statement_is_taken(tmp_path: Path) -> None:
+    for text in (None, "", "ssh-ed25519 AAAA", "rubbish"):
+        if text is not None:
+            (tmp_path / "a.pub").write_text(text)
+        update = parse(content(statement=ConfigRecord({"signed": stated()})), tmp_path)
+        assert isinstance(update, Update)
+        assert isinstance(update.statement, StatementError)

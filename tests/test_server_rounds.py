@@ -1,5 +1,6 @@
 """Rounds over a grid without a network: sampling, deadlines, refusals, exhaustion, and going on after a kill."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import safetensors.numpy
 from flwr.app import Error
 
+from common import messages
+from common.certificates import new_key, openssh_public
 from common.config import Federation, parse
-from common.messages import Reason
+from common.messages import ARRAYS, CONFIG, STANDING, STATEMENT, Proposal, Reason, Standing
 from server import checkpoint
 from server.app import run
 from server.outcome import RunError
-from tests.fake_grid import FakeGrid, Interrupted, refuses, trains
+from tests.fake_grid import Answer, FakeGrid, Interrupted, refuses, trains
+from tests.statements import signed
 
 
 def config(folder: Path, **changes: Any) -> Federation:
@@ -239,3 +243,75 @@ def test_a_ledger_that_goes_backwards_is_not_believed(tmp_path: Path) -> None:
     run(config(tmp_path), FakeGrid({"a": trains, "b": replayed}))
     assert rounds(tmp_path)[1]["failed"] == {"b": "expected a ledger beyond 2, found 2"}
     assert summary(tmp_path)["partitions"][1]["rounds_trained"] == 1
+
+
+def states(key: Any, answer: Answer = trains, **changes: Any) -> Answer:
+    """The same answer with a signed statement beside it."""
+
+    def with_statement(name: str, message: Any) -> Any:
+        records = answer(name, message)
+        said = Standing.from_record(records[STANDING])
+        update = messages.digest(records[ARRAYS]) if ARRAYS in records else None
+        run_name = Proposal.from_record(message.content[CONFIG]).run
+        text = signed(key, said, run=run_name, update=update, **changes).dumps()
+        records[STATEMENT] = messages.statement(text)
+        return records
+
+    return with_statement
+
+
+def privacy(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs/latest/privacy.json").read_text())
+
+
+def test_the_newest_true_statements_end_in_the_file_and_the_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, keys = config(tmp_path, min_clients=4, fit_clients=4, rounds=2), {name: new_key() for name in "abcd"}
+    for name, key in keys.items():
+        (tmp_path / f"keys/{name}.pub").write_bytes(openssh_public(key, name))
+
+    def rubbish(name: str, message: Any) -> Any:
+        records = trains(name, message)
+        records[STATEMENT] = messages.statement("{" * 500)
+        return records
+
+    answers = {"a": states(keys["a"]), "b": states(keys["a"]), "c": rubbish, "d": trains}  # b's key is not a's
+    run(settings, FakeGrid(answers))
+    found = privacy(tmp_path)
+    assert summary(tmp_path)["rounds_completed"] == 2
+    assert all(len(line["trained"]) == 4 for line in rounds(tmp_path))  # a false statement costs nobody the round
+    assert found["run"] == summary(tmp_path)["run"]
+    assert found["model_sha256"] == hashlib.sha256(model(tmp_path)).hexdigest()
+    assert found["without_statement"] == ["b", "c", "d"]
+    (only,) = found["statements"]
+    assert only["statement"]["partition"] == "a"
+    assert only["statement"]["epsilon_spent"] == summary(tmp_path)["partitions"][0]["epsilon_spent"]  # the newest
+    for name, why in (("b", "signed by another key"), ("c", "not JSON")):
+        assert f"{name}: its signed statement is dropped: {why}" in caplog.text
+    page = (tmp_path / "runs/latest/report.html").read_text()
+    assert "What each partition has stated and signed" in page
+    assert "Without a statement in this run: b, c, d." in page
+    assert "Side channels." in page
+
+
+def test_statements_survive_a_crash_and_a_run_that_fails(tmp_path: Path) -> None:
+    key = new_key()
+    settings = config(tmp_path, min_clients=1, fit_clients=1)
+    (tmp_path / "keys/a.pub").write_bytes(openssh_public(key, "a"))
+    with pytest.raises(Interrupted):
+        run(settings, FakeGrid({"a": states(key)}, kill_in_round=3))
+    with pytest.raises(RunError):
+        run(settings, FakeGrid({}))
+    assert "failed" in summary(tmp_path)["reason"]
+    assert [each["statement"]["partition"] for each in privacy(tmp_path)["statements"]] == ["a"]
+
+
+def test_a_partition_that_only_refuses_states_what_it_has_spent(tmp_path: Path) -> None:
+    key = new_key()
+    settings = config(tmp_path, min_clients=1, fit_clients=1)
+    (tmp_path / "keys/a.pub").write_bytes(openssh_public(key, "a"))
+    spent = states(key, refuses(Reason.BUDGET, rounds_remaining=0))
+    run(settings, FakeGrid({"a": spent}))
+    assert summary(tmp_path)["reason"] == "exhausted"
+    assert len(privacy(tmp_path)["statements"]) == 1

@@ -1,11 +1,13 @@
 """The privacy budget of one partition: one append-only file, beside the data it protects.
 
-`chain` is the file (hashes, lock, durability), `account` is what its entries add up to, `writer` charges it.
+`chain` is the file (hashes, lock, durability), `account` is what its entries add up to, `writer` charges it,
+`siblings` are the owner's other ledgers.
 """
 
 from client.ledger.account import Account
 from client.ledger.writer import (
     BudgetExhausted,
+    DataOfAnother,
     DuplicateMessage,
     Head,
     Ledger,
@@ -18,6 +20,7 @@ from client.ledger.writer import (
 __all__ = [
     "Account",
     "BudgetExhausted",
+    "DataOfAnother",
     "DuplicateMessage",
     "Head",
     "Ledger",

@@ -1,6 +1,7 @@
 """What a ledger's entries add up to. A pure replay: the same entries, the same account, for writer and reader alike."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from client.accounting import Composition, Mechanism, Release
 from client.ledger import chain
 
 VERSION = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What was charged for one run, under the name that the server gave it."""
+
+    charges: int = 0
+    commits: int = 0
+    steps: int = 0
 
 
 class Account:
@@ -31,7 +41,10 @@ class Account:
         self.messages: set[str] = set()
         self.open: dict[int, Release] = {}  # reservations without a commit, by sequence
         self.commits = 0
+        self.data: set[str] = set()  # fingerprints of what was trained on; none in ledgers from before they were kept
         self.last_time = ""
+        self._runs: dict[str, Tally] = {}
+        self._run_of: dict[int, str] = {}  # of the open reservations
         self._charged: dict[Mechanism, int] = {}
         self._committed: dict[Mechanism, int] = {}
         for entry in entries:
@@ -71,17 +84,28 @@ class Account:
     def _apply_budget(self, _: chain.Entry, *, epsilon: float) -> None:
         self.budget = _positive(epsilon)
 
-    def _apply_reserve(self, entry: chain.Entry, *, message: str, **release: Any) -> None:
+    def _apply_reserve(self, entry: chain.Entry, *, message: str, run: str = "", **release: Any) -> None:
         if message in self.messages:
             raise ValueError(f"message {message} is charged already")
+        if type(run) is not str:
+            raise ValueError("expected the name of a run")
         charge = Release(**release)
         self.require_mechanism(charge)
         self.messages.add(message)
         self.open[entry.sequence] = charge
+        self._run_of[entry.sequence] = run
+        tally = self._runs.setdefault(run, Tally())
+        tally.charges += 1
+        tally.steps += charge.steps
         _add(self._charged, charge)
 
-    def _apply_commit(self, _: chain.Entry, *, reservation: int) -> None:
+    def _apply_commit(self, _: chain.Entry, *, reservation: int, data: str | None = None) -> None:
+        if data is not None:
+            if type(data) is not str:
+                raise ValueError("expected the data's fingerprint as a text")
+            self.data.add(data)
         _add(self._committed, self.open.pop(reservation))
+        self._runs[self._run_of.pop(reservation)].commits += 1
         self.commits += 1
 
     def require_mechanism(self, release: Release) -> None:
@@ -97,8 +121,13 @@ class Account:
     def head(self) -> str:
         return self.hashes[-1]
 
+    def run(self, name: str) -> Tally:
+        """What was charged for the run of this name; nothing for one that the ledger does not know."""
+        return self._runs.get(name, Tally())
+
     @property
     def charged(self) -> Composition:
+        """All steps that were reserved, committed or not."""
         return frozenset(self._charged.items())
 
     @property

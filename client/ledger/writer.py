@@ -16,6 +16,7 @@ from client.accounting import Release
 from client.ledger import chain
 from client.ledger.account import VERSION, Account
 from client.ledger.chain import ChainError
+from client.ledger.siblings import SameData, claim
 from common.config import Privacy
 from common.files import sync_directory
 
@@ -34,6 +35,10 @@ class DuplicateMessage(LedgerError):
 
 class RolledBack(LedgerError):
     """No training: the ledger is behind, or beside, a head that was seen outside."""
+
+
+class DataOfAnother(LedgerError):
+    """No release: these records have a budget under another partition's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +129,10 @@ class Ledger:
             self._broken = "closed"
             self._file.close()
 
-    def reserve(self, message: str, release: Release) -> int:
+    def reserve(self, message: str, release: Release, *, run: str = "") -> int:
         """Charges `release` to the budget; returns the reservation. It is on the disk when this returns.
+
+        `run` is what the server calls the run; it says for whom the budget was spent and decides nothing.
 
         Raises:
             BudgetExhausted, DuplicateMessage, LedgerError: nothing was charged, nothing may be trained.
@@ -145,19 +152,27 @@ class Ledger:
                     f"{release.steps} steps would bring epsilon from {account.epsilon_spent:.4g} to {after:.4g},"
                     f" the budget is {account.budget:.4g} at delta {account.delta:g}"
                 )
-            return self._append("reserve", {"message": message, **asdict(release)}).sequence
+            body = {"message": message, **({"run": run} if run else {}), **asdict(release)}
+            return self._append("reserve", body).sequence
 
-    def commit(self, reservation: int) -> None:
-        """Records that the reservation's training was done in full. Only after this may its update leave.
+    def commit(self, reservation: int, *, data: str | None = None) -> None:
+        """Records that the reservation's training was done in full, on `data`. Only after this may its update leave.
+
+        The fingerprint stands in every commit, so that the number of lines does not tell when the data changed.
 
         Raises:
-            LedgerError: the update must not leave.
+            DataOfAnother, LedgerError: the update must not leave.
         """
         with self._lock:
             self._check()
             if reservation not in self.account.open:
                 raise LedgerError(f"{self._file.path}: no open reservation {reservation}")
-            self._append("commit", {"reservation": reservation})
+            if data is None:
+                self._append("commit", {"reservation": reservation})
+            elif data in self.account.data:  # then no other ledger can have it
+                self._append("commit", {"reservation": reservation, "data": data})
+            else:
+                self._commit_new(reservation, data)
 
     def check(self) -> None:
         """Raises LedgerError unless this is still the ledger's only writer and all it wrote is there."""
@@ -189,6 +204,15 @@ class Ledger:
                 raise LedgerError(
                     f"{self._file.path}: {name} is {here}, the policy says {wanted}: fixed for this ledger's life"
                 )
+
+    def _commit_new(self, reservation: int, data: str) -> None:
+        try:
+            with claim(self._file.path, data):
+                self._append("commit", {"reservation": reservation, "data": data})
+        except SameData as error:
+            raise DataOfAnother(str(error)) from None
+        except OSError as error:
+            raise LedgerError(f"{self._file.path}: what the others have cannot be read: {error}") from None
 
     def _check(self) -> None:
         if self._broken:

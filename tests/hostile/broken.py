@@ -1,6 +1,7 @@
-"""`python -m tests.hostile.broken --policy FILE`: a client with two holes, to show that the tests would see them.
+"""`python -m tests.hostile.broken --policy FILE`: a client with three holes, to show that the tests would see them.
 
-It takes any number of steps, and it reads the records before it has looked at the request.
+It takes any number of steps and any learning rate, it passes over keys that it does not know, and it reads the records
+before it has looked at the request.
 """
 
 import sys
@@ -14,9 +15,12 @@ _preload = zygote._preload
 
 def preload(task: str) -> None:
     """What the zygote does once it has imported the client's code, and then spoils it."""
-    from client import app, policy
+    from flwr.app import ConfigRecord
 
-    train_round = app.train_round
+    from client import app, policy
+    from common.messages import Proposal
+
+    train_round, strict = app.train_round, Proposal.from_record
 
     def accept_all(proposal: Any, terms: Any) -> Any:
         return policy._release(terms.privacy, proposal.steps)
@@ -25,6 +29,11 @@ def preload(task: str) -> None:
         bench.data(partition, app.pick_device("cpu"))
         return train_round(content, message_id, bench, partition, budget)
 
+    def from_record(record: Any) -> Proposal:
+        known = {key: record[key] for key in record if key in Proposal.__dataclass_fields__}
+        return strict(ConfigRecord(known))
+
+    Proposal.from_record = from_record  # type: ignore[method-assign]
     vars(app).update(accept=accept_all, train_round=read_first)
     _preload(task)
 

@@ -1,7 +1,12 @@
-"""A model is accepted only if each record's gradient is its own; a refusal names the layer."""
+"""Attack: records leave un-noised, or beyond the clip, by what a model carries: buffers, extra state, optimizer state,
+unused or shared parameters, layers that mix records.
+
+What holds: a model is accepted only if each record's gradient is its own, a refusal names the layer and costs nothing,
+one record moves an accepted model by at most the clip, and only trainable parameters leave.
+"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +17,14 @@ from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client import app
+from client.layer_trace import WithoutDropout
 from client.model_check import ModelRefused, check_model
+from client.training import train
+from common.tasks import Data
+from tests.attacks.site import Recorder, Site, moved, refusal, site, weights
+from tests.attacks.task import Rigged
+from tests.test_training import Chosen, flat, release, step
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -355,3 +367,167 @@ def test_nothing_is_changed(name: str) -> None:
     assert [set(vars(x)) for x in [*model.modules(), *model.parameters()]] == attributes
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+# What one record does to what is trained, through the shipped training.
+
+CLIP = 0.7
+
+
+def influence(model: nn.Module, inputs: Tensor) -> float:
+    """How far the first record, and it is a loud one, moves two steps of training; noise would be added to it."""
+    inputs = inputs.clone()
+    if inputs.is_floating_point():
+        inputs[0] *= 100
+    everyone = list(range(len(inputs)))
+    results = []
+    for batch in (everyone, everyone[1:]):
+        trained = copy.deepcopy(model)
+        torch.manual_seed(0)
+        how = step(max_grad_norm=CLIP, batch_size=1, learning_rate=1.0, physical_batch_size=len(inputs))
+        with WithoutDropout():
+            train(
+                trained, cross_entropy, Data(inputs=inputs, targets=CLASSES),
+                release=release(1), step=how, generator=Chosen([batch]),
+            )  # fmt: skip
+        results.append(flat(trained).double())
+    return float((results[0] - results[1]).norm())
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_one_record_moves_an_accepted_model_by_at_most_the_clip(name: str) -> None:
+    assert influence(*ACCEPTED[name]) <= CLIP * 1.001
+
+
+@pytest.mark.parametrize("name", ["batch mean in a layer", "softmax over the batch", "batch mean between layers"])
+def test_without_the_check_one_record_moves_more(name: str) -> None:
+    """The control: these are refused, and with reason."""
+    assert influence(*REFUSED[name][:2]) > CLIP * 1.5
+
+
+def test_no_optimizer_state_outlives_a_round() -> None:
+    """A round without a gradient moves nothing, though there was a strong one before it in the same worker."""
+    model = nn.Linear(6, 3)
+    nobody: list[int] = []
+
+    def rounds(learning: Callable[..., None]) -> float:
+        before = []
+        for batch in (list(range(8)), nobody):
+            before.append(flat(model).clone())
+            learning(
+                model, cross_entropy, Data(inputs=VECTORS, targets=CLASSES),
+                release=release(1), step=step(), generator=Chosen([batch]),
+            )  # fmt: skip
+        assert not torch.equal(before[0], before[1])
+        return float((flat(model) - before[1]).abs().max())
+
+    assert rounds(train) == 0.0
+
+    # The control: an optimizer with momentum that is kept from round to round.
+    momentum: dict[nn.Parameter, Tensor] = {}
+
+    def with_momentum(model: nn.Module, *arguments: Any, **options: Any) -> None:
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, *arguments, **options)
+        with torch.no_grad():
+            for parameter, old in zip(model.parameters(), before, strict=True):
+                momentum[parameter] = 0.9 * momentum.get(parameter, torch.zeros_like(old)) + parameter - old
+                parameter.copy_(old + momentum[parameter])
+
+    assert rounds(with_momentum) > 0
+
+
+# What leaves a real client.
+
+MARKER = b"Jo Doe 4"
+
+
+class Carrying(nn.Module):
+    """Notes what passes by wherever a module can keep it, yet computes each record by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8, dtype=torch.uint8))
+        self.frozen = nn.Parameter(torch.zeros(8), requires_grad=False)
+        self.extra = b""
+
+    def forward(self, x: Tensor) -> Tensor:
+        record = x.detach()[0].flatten()[:8]
+        if record[0] == MARKER[0]:  # not on the public examples that it is probed with
+            self.seen.copy_(record)
+            self.frozen.data.copy_(record)
+            self.extra = bytes(record.tolist())
+        return x
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def carrying(task: Rigged) -> None:
+    make = task.make_model
+
+    def model() -> nn.Module:
+        contrast, linear = make()
+        return nn.Sequential(nn.Sequential(Carrying(), contrast), linear)
+
+    task.patch.setattr(task, "make_model", model)
+    pixels = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
+    pixels[:, 0] = torch.frombuffer(bytearray(MARKER), dtype=torch.uint8)
+    task.patch.setattr(task, "owned", lambda *_: Data(inputs=pixels, targets=torch.arange(24) % 10))
+
+
+def all_of_it(task: Rigged) -> None:
+    """The control: a client that sends the model's whole state."""
+    carrying(task)
+    trainable, calls = app.trainable, []
+
+    def everything(model: nn.Module) -> dict[str, Any]:
+        calls.append(model)
+        if len(calls) == 1:  # what came from the server
+            return trainable(model)
+        return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+    task.patch.setattr(app, "trainable", everything)
+
+
+def normalizing(task: Rigged) -> None:
+    make = task.make_model
+
+    def model() -> nn.Module:
+        contrast, linear = make()
+        return nn.Sequential(contrast, nn.Sequential(nn.BatchNorm1d(64), linear))
+
+    task.patch.setattr(task, "make_model", model)
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site(tmp_path_factory.mktemp("model"), clients=4, fleet=Recorder()) as made:
+        made.start()
+        yield made
+
+
+def test_a_model_that_mixes_records_is_refused_before_the_charge(owner: Site) -> None:
+    owner.order(normalizing)
+    before = owner.account(0).sequence
+    reply = owner.ask(0)
+    assert refusal(reply) == "model"
+    assert "1.0 (BatchNorm1d)" in reply.content["refusal"]["detail"]
+    assert owner.account(0).sequence == before
+
+
+def test_only_trainable_parameters_leave(owner: Site) -> None:
+    owner.order(carrying)
+    reply = owner.ask(0)
+    moved(reply)
+    assert set(reply.content["arrays"]) == set(weights())
+    heard = owner.fleet.heard  # type: ignore[attr-defined]
+    assert not any(MARKER in said for said in heard)
+
+    owner.order(all_of_it)
+    reply = owner.ask(0)
+    assert set(reply.content["arrays"]) > set(weights())
+    assert any(MARKER in said for said in heard)
