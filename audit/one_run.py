@@ -8,7 +8,7 @@ the guessing do: an epsilon at which that is small is refuted.
 import numpy as np
 from scipy import stats
 
-_LARGEST = 50.0  # no number of canaries that a machine can hold shows more
+_LARGEST = 1000.0  # beyond it no epsilon says anything
 SHARES = (1.0, 1 / 4, 1 / 8, 1 / 16)  # of the canaries, guessed: fixed before anything is seen
 
 

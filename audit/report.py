@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from audit import conformance
 from audit.one_run import claim_p_value, measured_epsilon
 from audit.privacy_loss import losses, refuted_epsilon
-from audit.settings import Setting, settings
+from audit.settings import Setting, fit, settings
 from audit.trial import Size, Trial, run
 from client import accounting
 from common import audit as result
@@ -16,7 +16,7 @@ from common.config import Policy
 
 CONFIDENCE = 0.95  # of the lower bound from one run, as in the paper
 FALSE_ALARM = 1e-6  # probability that an audit of a sound client fails, at most
-SHORT = Size(canaries=2000, silent=500, steps=300)
+SHORT = Size(canaries=2000, silent=500, steps=500)
 LONG = Size(canaries=4000, silent=1000, steps=500)
 _CHECKS = 5
 
@@ -32,7 +32,7 @@ def audit(policy: Policy, *, short: bool, progress: Callable[[str], None] = lamb
         AuditError: there is nothing to audit under these terms.
     """
     started = time.monotonic()
-    size = SHORT if short else LONG
+    size = fit(SHORT if short else LONG, policy.privacy)
     number = 2 if short else 4
     level = FALSE_ALARM / (number * _CHECKS)
     found = []

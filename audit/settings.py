@@ -1,6 +1,7 @@
 """What is audited: the owner's terms, and the same client where an error of sensitivity or accounting shows better."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from audit.conformance import amplitude_margin
 from audit.trial import AuditError, Size
@@ -9,6 +10,8 @@ from common.config import Privacy
 
 _ROUNDS = 8  # at least, where the budget covers as many steps: noise that repeats has to meet itself
 _MARGIN = 0.5  # of the amplitude with every record in each step: a doubled sensitivity lies far outside
+_FEWEST = 100  # canaries
+_SIGNAL = 3.0  # of a record over the noise, there: enough to tell an epsilon from its half
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,20 @@ def settings(privacy: Privacy, size: Size, *, short: bool, level: float) -> list
     return chosen
 
 
+def fit(size: Size, privacy: Privacy) -> Size:
+    """`size` with as many canaries as the client takes: it trains on no 1/delta records.
+
+    Raises:
+        AuditError: too few to measure anything.
+    """
+    most = math.ceil(1 / privacy.delta) - 1
+    if most < _FEWEST:
+        raise AuditError(
+            f"privacy.delta: {privacy.delta:g} allows {most} records, the audit needs {_FEWEST} (lower delta)"
+        )
+    return replace(size, canaries=min(size.canaries, most))
+
+
 def _affordable(name: str, privacy: Privacy, size: Size) -> Setting:
     """As many rounds as the budget covers and the audit has time for, and two at least."""
     step = Release(noise_multiplier=float(privacy.noise_multiplier), sample_rate=privacy.sample_rate, steps=1)
@@ -45,14 +62,14 @@ def _affordable(name: str, privacy: Privacy, size: Size) -> Setting:
 
 
 def _full(privacy: Privacy, size: Size, level: float) -> Setting:
-    """One step a round on every record: what a canary adds shows without the chance of being drawn."""
+    """One step a round on every record, beyond the budget if need be: what a canary adds shows without chance."""
     terms = privacy.model_copy(update={"batch_size": privacy.records, "max_steps_per_round": 1})
     sigma = float(privacy.noise_multiplier)
-    for rounds in range(_ROUNDS // 2, size.steps + 1):
-        margin = amplitude_margin(records=size.canaries // 2, steps=rounds, rate=1.0, sigma=sigma, level=level)
-        if margin <= _MARGIN:
-            return Setting(name="every record in each step", privacy=terms, rounds=rounds, steps=1)
-    raise AuditError(
-        f"privacy.noise_multiplier: {sigma:g} hides all of {size.canaries // 2} canaries in {size.steps} steps"
-        " (the audit has nothing to see under so much noise)"
-    )
+    rounds = max(_ROUNDS, min(size.steps, math.ceil((_SIGNAL * sigma) ** 2)))
+    margin = amplitude_margin(records=size.canaries // 2, steps=rounds, rate=1.0, sigma=sigma, level=level)
+    if margin > _MARGIN:
+        raise AuditError(
+            f"privacy.noise_multiplier: {sigma:g} hides all of {size.canaries // 2} canaries in {rounds} steps"
+            " (the audit has nothing to see under so much noise)"
+        )
+    return Setting(name="every record in each step", privacy=terms, rounds=rounds, steps=1)
