@@ -8,10 +8,13 @@ from audit.trial import AuditError, Size
 from client.accounting import Release, rounds_within
 from common.config import Privacy
 
+MOST = 4  # trials in an audit
 _ROUNDS = 8  # at least, where the budget covers as many steps: noise that repeats has to meet itself
-_MARGIN = 0.5  # of the amplitude with every record in each step: a doubled sensitivity lies far outside
 _FEWEST = 100  # canaries
-_SIGNAL = 3.0  # of a record over the noise, there: enough to tell an epsilon from its half
+
+# With every record in each step a record stands this far above the noise: far enough to tell an epsilon from its half.
+_SIGNAL, _FULL_ROUNDS, _FULL_CANARIES = 5.0, 24, 1000
+_MARGIN = 0.5  # of the amplitude there: a doubled sensitivity lies far outside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,7 @@ class Setting:
 
     name: str
     privacy: Privacy
+    size: Size
     rounds: int
     steps: int
 
@@ -58,18 +62,20 @@ def _affordable(name: str, privacy: Privacy, size: Size) -> Setting:
     covered = rounds_within(privacy.epsilon, privacy.accounting, frozenset(), step, privacy.delta)
     total = min(size.steps, covered)
     steps = min(privacy.max_steps_per_round, max(1, total // _ROUNDS))
-    return Setting(name=name, privacy=privacy, rounds=max(2, total // steps), steps=steps)
+    return Setting(name=name, privacy=privacy, size=size, rounds=max(2, total // steps), steps=steps)
 
 
 def _full(privacy: Privacy, size: Size, level: float) -> Setting:
     """One step a round on every record, beyond the budget if need be: what a canary adds shows without chance."""
-    terms = privacy.model_copy(update={"batch_size": privacy.records, "max_steps_per_round": 1})
-    sigma = float(privacy.noise_multiplier)
-    rounds = max(_ROUNDS, min(size.steps, math.ceil((_SIGNAL * sigma) ** 2)))
-    margin = amplitude_margin(records=size.canaries // 2, steps=rounds, rate=1.0, sigma=sigma, level=level)
+    sigma, canaries = float(privacy.noise_multiplier), min(size.canaries, _FULL_CANARIES)
+    rounds = max(_FULL_ROUNDS, min(size.steps, math.ceil((_SIGNAL * sigma) ** 2)))
+    margin = amplitude_margin(records=canaries // 2, steps=rounds, rate=1.0, sigma=sigma, level=level)
     if margin > _MARGIN:
         raise AuditError(
-            f"privacy.noise_multiplier: {sigma:g} hides all of {size.canaries // 2} canaries in {rounds} steps"
+            f"privacy.noise_multiplier: {sigma:g} hides {canaries // 2} canaries for {rounds} steps"
             " (the audit has nothing to see under so much noise)"
         )
-    return Setting(name="every record in each step", privacy=terms, rounds=rounds, steps=1)
+    terms = privacy.model_copy(update={"batch_size": privacy.records, "max_steps_per_round": 1})
+    return Setting(
+        name="every record in each step", privacy=terms, size=replace(size, canaries=canaries), rounds=rounds, steps=1
+    )

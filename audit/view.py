@@ -19,28 +19,35 @@ def text(audit: Audit) -> str:
     return "\n".join([*lines, f"{verdict} (a sound client fails with probability below {audit.false_alarm:g})"])
 
 
+_KINDS = {"privacy_loss": "by privacy loss", "one_run": "by one run"}
+
+
 def chart(audit: Audit) -> Chart:
-    """Measured over claimed epsilon: a sound client's lines stay below the diagonal."""
-    end = max(point.claimed for setting in audit.settings for point in setting.points)
-    top = max(point.privacy_loss for setting in audit.settings for point in setting.points)
+    """Measured over claimed epsilon, up to what the owner's terms allow: a sound client stays below the diagonal."""
+    end = max(audit.epsilon_claimed, audit.privacy.epsilon)
+    shown = {
+        setting.name: [point for point in setting.points if point.claimed <= end] or setting.points[:1]
+        for setting in audit.settings
+    }
+    end = max(end, *(point.claimed for points in shown.values() for point in points))
+    top = max(end, *(point.privacy_loss for points in shown.values() for point in points))
     series = [Series(label="claimed", points=[(0.0, 0.0), (end, end)], hint="what the client claims")]
-    said = []
-    for setting in audit.settings:
-        last = setting.points[-1]
-        said.append(
-            f"{setting.name}: claimed {last.claimed:.2f}, at least {last.one_run:.2f} by one run,"
-            f" {last.privacy_loss:.2f} by privacy loss"
-        )
-        for kind in ("privacy_loss", "one_run"):
-            points = sorted((point.claimed, float(getattr(point, kind))) for point in setting.points)
-            series.append(Series(label=f"{setting.name}", points=points, hint=f"{setting.name}: {kind}"))
+    for kind, how in _KINDS.items():
+        for name, points in shown.items():
+            path = sorted((point.claimed, float(getattr(point, kind))) for point in points)
+            series.append(Series(label=f"{name}, {how}", points=path, hint=f"{name}, {how}"))
+    said = [
+        f"{name}: claimed {points[-1].claimed:.2f}, measured at least {points[-1].one_run:.2f} by one run and"
+        f" {points[-1].privacy_loss:.2f} by privacy loss"
+        for name, points in shown.items()
+    ]
     return Chart(
         name="audit-chart",
         title="Claimed and measured epsilon",
         description=". ".join(said) + ".",
         x_label="epsilon claimed by the client",
         y_label="measured lower bound",
-        y_range=(0.0, max(end, top) * 1.02),
+        y_range=(0.0, 1.02 * top),
         series=series,
     )
 

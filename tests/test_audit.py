@@ -285,7 +285,7 @@ def test_a_budget_of_nothing_is_still_audited() -> None:
 
 
 def test_under_too_much_noise_there_is_nothing_to_see() -> None:
-    with pytest.raises(AuditError, match=r"privacy\.noise_multiplier: 500 hides"):
+    with pytest.raises(AuditError, match=r"privacy\.noise_multiplier: 500 hides 500 canaries for 100 steps"):
         settings(policy(noise_multiplier=500.0).privacy, QUICK, short=True, level=1e-7)
 
 
