@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,11 @@ PACKAGES = ("docker.io", "docker-compose", "debootstrap", "iptables")
 BASE = "fedeps-test/debian:bookworm"  # stands in for NVIDIA's image, which comes from a registry
 _RUN = Path("/run/fedeps-containers")
 _START_SECONDS = 120.0
+# What the images of Debian and Ubuntu in registries have, so that apt-get leaves nothing behind.
+_CLEAN = """Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/archives/partial/*.deb || true"; };
+"""
 
 
 def install() -> None:
@@ -72,15 +77,11 @@ def ensure_base(environment: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         root = Path(folder) / "root"
         subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True)
-        shutil.rmtree(root / "var/cache/apt/archives")
-        pack(root, BASE, environment)
-
-
-def pack(root: Path, image: str, environment: dict[str, str], changes: Sequence[str] = ()) -> None:
-    """A folder as an image of one layer; `changes` are lines of a Dockerfile."""
-    options = [part for change in changes for part in ("--change", change)]
-    with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
-        subprocess.run(["docker", "import", *options, "-", image], stdin=tar.stdout, env=environment, check=True)
+        (root / "etc/apt/apt.conf.d/docker-clean").write_text(_CLEAN)
+        for kept in ("var/cache/apt", "var/lib/apt/lists"):
+            shutil.rmtree(root / kept)
+        with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
+            subprocess.run(["docker", "import", "-", BASE], stdin=tar.stdout, env=environment, check=True)
 
 
 def _environment() -> dict[str, str]:
