@@ -7,6 +7,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.requirements-installed
+CHECKS := .venv-checks
+CHECKS_STAMP := $(CHECKS)/.requirements-installed
 
 # Passed on only where the user set them, so that every default lives in config/.
 PARAMETERS := CLIENTS MIN_CLIENTS FIT_CLIENTS ROUNDS BATCH_SIZE PHYSICAL_BATCH_SIZE LR \
@@ -51,6 +53,10 @@ test-attacks: setup ## The attacks on the claim, one file a case
 test-long: setup ## The tests that take minutes (ARGS= goes to pytest)
 	$(PY) -m pytest -m long $(ARGS)
 
+# Twenty-five minutes is what all of it may take; building the images counts as the first test's.
+test-containers: setup $(CHECKS_STAMP) ## Images and compose, in a Docker daemon of their own; needs root and Debian
+	$(PY) -m pytest tests/containers --timeout 1500 -rP $(ARGS)
+
 lint: setup ## Check style with ruff
 	$(PY) -m ruff check
 
@@ -60,13 +66,36 @@ types: setup ## Check types with mypy
 bench: setup ## Run the benchmarks, or one of them: BENCH=name
 	$(PY) -m benchmarks $(BENCH)
 
+# REVISION names the commit in the images' labels.
+COMPOSE = REVISION=$(shell git rev-parse HEAD 2>/dev/null) docker compose $(if $(CPU),--file compose.yaml)
+
+up: ## The whole federation in containers; CPU=1 without a GPU (as docker compose up)
+	$(COMPOSE) up --build --detach
+
+down: ## Stop and remove the containers; the volumes, and the budgets in them, stay
+	$(COMPOSE) down
+
+images: ## Build the images
+	$(COMPOSE) build
+
+pin: ## Give each image in .env the digest that its tag has in its registry now
+	$(PYTHON) docker/pin.py
+
+sbom: images ## Copy the images' bills of materials to build/
+	mkdir -p build
+	for image in server client; do $(COMPOSE) run --rm --no-deps --entrypoint cat $$image /opt/fedeps/sbom.cdx.json \
+		> build/$$image.cdx.json || exit; done
+
 lock: setup ## Pin requirements/*.in again; UPGRADE=1 takes newer releases
 	$(COMPILE) requirements/dev.in --output-file requirements/dev.txt
+	$(COMPILE) requirements/torch.in --constraint requirements/dev.txt --output-file requirements/torch.txt
 	$(COMPILE) requirements/client.in --constraint requirements/dev.txt --output-file requirements/client.txt
 	$(COMPILE) requirements/server.in --constraint requirements/dev.txt --output-file requirements/server.txt
+	$(COMPILE) requirements/sbom.in --output-file requirements/sbom.txt
+	$(COMPILE) requirements/checks.in --output-file requirements/checks.txt
 
 clean: ## Remove .venv and caches; state/, runs/ and data/ stay
-	rm -rf $(VENV) build htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CHECKS) build htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --clear: what is installed is what is pinned, also after a pin was dropped or a setup was cut short.
@@ -79,4 +108,11 @@ $(STAMP): requirements/dev.txt
 	@echo 'Installing the pinned requirements into $(VENV): several GB with PyTorch, once.'
 	@$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --disable-pip-version-check --no-input --only-binary :all: --require-hashes -r requirements/dev.txt
+	@touch $@
+
+# Linters with many dependencies, apart from ours.
+$(CHECKS_STAMP): requirements/checks.txt
+	@$(PYTHON) -m venv --clear $(CHECKS)
+	$(CHECKS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --only-binary :all: \
+		--require-hashes -r $<
 	@touch $@

@@ -1,7 +1,13 @@
-"""A small HTTP server for `/metrics` and `/healthz`, on a thread of its own. No peer can take it from the others."""
+"""A small HTTP server for `/metrics` and `/healthz`, on a thread of its own. No peer can take it from the others.
 
+`python -m common.http HOST:PORT PATH` asks one, never through a proxy, and exits 0 if the answer is 200: a container's
+health check needs nothing else installed.
+"""
+
+import http.client
 import logging
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -79,3 +85,28 @@ def serve(application: Application, address: str) -> WSGIServer:
         raise OSError(error.errno, f"{address}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server
+
+
+def ask(address: str, path: str) -> tuple[int, str]:
+    """The status and body of a GET. Raises OSError or HTTPException if there is no answer."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def main(arguments: list[str]) -> int:
+    address, path = arguments
+    try:
+        status, body = ask(address, path)
+    except (OSError, http.client.HTTPException) as error:
+        status, body = 0, f"{address}: {error}"
+    print(body.strip())
+    return int(status != 200)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,22 +4,22 @@ A budget that is unknown stays unknown: a ledger is made before its partition's 
 means that the ledger was lost, and that is refused.
 """
 
-import shutil
 from pathlib import Path
 
 import yaml
 
 from common import pki
 from common.config import ConfigError, Federation, Policy, load
+from common.files import replace
 from local.errors import LocalError
 from local.parameters import Parameters, apply
 from local.records import nominal_records
 from server.preflight import LOOPBACK, check_port
 
 STATE = Path("state")
+CONFIG = Path("config")
 FEDERATION, POLICY = STATE / "config/federation.yaml", STATE / "config/policy.yaml"
 _PUBLIC_KEYS = STATE / "config/public_keys"
-_CONFIG = Path("config")
 
 
 def prepare(given: Parameters) -> tuple[Federation, Policy]:
@@ -29,24 +29,35 @@ def prepare(given: Parameters) -> tuple[Federation, Policy]:
         LocalError, ConfigError, PkiError: nothing can be started.
     """
     federation, policy = apply(
-        given, load(Federation, _CONFIG / FEDERATION.name), load(Policy, _CONFIG / POLICY.name), nominal_records
+        given, load(Federation, CONFIG / FEDERATION.name), load(Policy, CONFIG / POLICY.name), nominal_records
     )
     _check_addresses(federation, policy)
-    _check_ledgers(policy)
+    return lay_out(federation, policy, forget="make forget"), policy
 
+
+def lay_out(federation: Federation, policy: Policy, *, forget: str) -> Federation:
+    """Write ledgers, keys and the two files where they are missing; returns the federation with this run's keys.
+
+    Raises:
+        LocalError, PkiError: nothing can be started. `forget` is the command that gives up all state.
+    """
+    _check_ledgers(policy, forget)
     _create_ledgers(policy)
     names = [partition.name for partition in policy.partitions]
     pki.create(STATE / "pki", partitions=names)
-    # Each registered key costs the server time, so it is given this run's and no other split's.
-    server = federation.server.model_copy(update={"public_keys": _PUBLIC_KEYS})
-    shutil.rmtree(_PUBLIC_KEYS, ignore_errors=True)
-    _PUBLIC_KEYS.mkdir(parents=True)
+    # Each registered key costs the server time, so it is given this run's and no other split's. A server may be
+    # starting right now, so none of them is ever missing in between.
+    _PUBLIC_KEYS.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(federation.server.public_keys / f"{name}.pub", _PUBLIC_KEYS / f"{name}.pub")
+        replace(_PUBLIC_KEYS / f"{name}.pub", (federation.server.public_keys / f"{name}.pub").read_bytes())
+    for public in _PUBLIC_KEYS.glob("*.pub"):
+        if public.stem not in names:
+            public.unlink()
+    server = federation.server.model_copy(update={"public_keys": _PUBLIC_KEYS})
     federation = federation.model_copy(update={"server": server})
     _write(FEDERATION, federation)
     _write(POLICY, policy)
-    return federation, policy
+    return federation
 
 
 def _check_addresses(federation: Federation, policy: Policy) -> None:
@@ -68,14 +79,14 @@ def _check_addresses(federation: Federation, policy: Policy) -> None:
             raise LocalError(f"{error}; another run may be active") from error
 
 
-def _check_ledgers(policy: Policy) -> None:
+def _check_ledgers(policy: Policy, forget: str) -> None:
     names = [partition.name for partition in policy.partitions]
     lost = [name for name in names if policy.key_path(name).exists() and not policy.ledger_path(name).exists()]
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise LocalError(
             f"{policy.ledger_path(lost[0])}: missing{more}, though {lost[0]} has a key and may have spent budget:"
-            " put the ledger back, or give up all of the demo's state with `make forget`"
+            f" put the ledger back, or give up all of the demo's state with `{forget}`"
         )
 
 
@@ -99,4 +110,4 @@ def _create_ledgers(policy: Policy) -> None:
 
 def _write(path: Path, document: Federation | Policy) -> None:
     content = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False)
-    path.write_text(f"# Made by `make run` from {_CONFIG / path.name} and its parameters.\n{content}")
+    replace(path, f"# Made from {CONFIG / path.name} and the parameters that were given.\n{content}".encode())
