@@ -18,7 +18,7 @@ COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --ge
 	--prerelease disallow --no-emit-index-url --no-header $(if $(UPGRADE),--upgrade)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run forget test test-long lint types bench lock clean
+.PHONY: help setup run forget test test-long lint types bench dashboards lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ types: setup ## Check types with mypy
 
 bench: setup ## Run the benchmarks, or one of them: BENCH=name
 	$(PY) -m benchmarks $(BENCH)
+
+dashboards: setup ## Draw docs/*.png from a real run (needs prometheus, chromium, npm)
+	$(PY) -m tests.dashboards
 
 lock: setup ## Pin requirements/*.in again; UPGRADE=1 takes newer releases
 	$(COMPILE) requirements/dev.in --output-file requirements/dev.txt

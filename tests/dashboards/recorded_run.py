@@ -25,7 +25,7 @@ OWNERS: dict[str, tuple[slice, dict[str, Any]]] = {  # client processes: their p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """A run that has ended, its clients still there, and the Prometheus that saw it."""
+    """A run that goes on, and the Prometheus that has seen it and the one before."""
 
     run: Federation
     ports: list[int]  # of the clients' metrics
@@ -34,11 +34,11 @@ class Recorded:
 
 
 @contextmanager
-def recorded_run(folder: Path, *, rounds: int) -> Iterator[Recorded]:
-    """`rounds` rounds, and as many in a second run on the same ledgers."""
+def recorded_run(folder: Path) -> Iterator[Recorded]:
+    """A run that is completed, and a second one on the same ledgers that is under way."""
     ports = free_ports(len(OWNERS))
-    terms = {"noise_multiplier": 4.0, "epsilon": 4.0}
-    with federation(folder, clients=CLIENTS, privacy=terms, rounds=rounds, fit_clients=4) as run:
+    terms = {"noise_multiplier": 8.0, "epsilon": 4.0}
+    with federation(folder, clients=CLIENTS, privacy=terms, rounds=40, fit_clients=4) as run:
         targets = {
             "fedeps-server": [f"127.0.0.1:{run.server_metrics}"],
             "fedeps-client": [f"127.0.0.1:{port}" for port in ports],
@@ -49,16 +49,13 @@ def recorded_run(folder: Path, *, rounds: int) -> Iterator[Recorded]:
                 _start_client(run, name, port, which, special)
             for port in ports:
                 wait_for(lambda port=port: _answers(port), "the client's metrics", 180)
-            for _ in range(2):
-                server = run.start_server()
-                assert server.wait(timeout=600) == 0, run.log("server")
-            asked_again = 'fl_privacy_refusals_total{reason="budget_exhausted"} > 0'
-            wait_for(lambda: source.value(f"count({asked_again})"), "a refusal of a spent budget in Prometheus", 60)
-            wait_for(
-                lambda: source.value('count(ALERTS{alertname="PrivacyBudgetExhausted", alertstate="firing"})'),
-                "the alert about it",
-                180,
-            )
+            server = run.start_server()
+            assert server.wait(timeout=600) == 0, run.log("server")
+            run.federation_content["rounds"] = 1000  # more than the budgets cover
+            run.configure()
+            run.start_server()
+            firing = 'ALERTS{alertname="PrivacyBudgetExhausted", alertstate="firing"}'
+            wait_for(lambda: source.value(f"count({firing})"), "the alert about a refused round", 300)
             yield Recorded(run=run, ports=ports, source=source, window=Window(start=started, end=time.time()))
 
 

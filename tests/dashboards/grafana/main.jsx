@@ -215,10 +215,10 @@ async function draw() {
     const transformed = await firstValueFrom(transformDataFrame(panel.transformations ?? [], raw));
     data[panel.id] = configured(panel, transformed);
   }
-  document.head.append(Object.assign(document.createElement('style'), {
-    textContent: `@font-face { font-family: Inter; font-weight: 100 900; src: url(${inter}); } ${uplot}`,
-  }));
-  await document.fonts.load('16px Inter');
+  document.head.append(Object.assign(document.createElement('style'), { textContent: uplot }));
+  // A face that is added by a script comes before those of Grafana's styles, which look for the files of its server.
+  const font = new FontFace('Inter', `url(${inter})`, { weight: '100 900' });
+  document.fonts.add(await font.load());
   createRoot(document.getElementById('root')).render(
     <ThemeContext.Provider value={theme}>
       <GlobalStyles isExtensionSidebarOpen={false} />
