@@ -86,6 +86,9 @@ sbom: images ## Copy the images' bills of materials to build/
 	for image in server client; do $(COMPOSE) run --rm --no-deps --entrypoint cat $$image /opt/fedeps/sbom.cdx.json \
 		> build/$$image.cdx.json || exit; done
 
+dashboards: setup ## Draw docs/*.png from a real run (needs prometheus, chromium, npm)
+	$(PY) -m tests.dashboards
+
 lock: setup ## Pin requirements/*.in again; UPGRADE=1 takes newer releases
 	$(COMPILE) requirements/dev.in --output-file requirements/dev.txt
 	$(COMPILE) requirements/torch.in --constraint requirements/dev.txt --output-file requirements/torch.txt

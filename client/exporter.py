@@ -1,5 +1,7 @@
 """`/metrics` and `/healthz` of a client process. Holds no budget numbers of its own: each scrape reads the ledgers."""
 
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,7 @@ from client.member import Member
 from client.policy import worst_round
 from client.workers import Workers
 from common import audit
-from common.config import Policy
+from common.config import Policy, Privacy
 
 LABELS = ("partition", "task")
 
@@ -49,9 +51,11 @@ class PrivacyCollector(Collector):
         charges = CounterMetricFamily("fl_privacy_charges", "Charges by state.", labels=(*LABELS, "state"))
         refusals = CounterMetricFamily("fl_privacy_refusals", "Rounds refused.", labels=(*LABELS, "reason"))
         info = InfoMetricFamily("fl_privacy_ledger", "The ledger and the terms of its epsilon.", labels=LABELS)
+        policy = InfoMetricFamily("fl_privacy_policy", "The owner's terms, and a digest of them.", labels=LABELS)
         round_ = worst_round(self._policy.privacy)
         for member in self._members:
             labels = (member.partition.name, self._policy.task)
+            policy.add_metric(labels, _terms(self._policy.privacy))
             for reason, count in member.refusals.items():
                 refusals.add_metric((*labels, str(reason)), count)
             try:
@@ -80,7 +84,7 @@ class PrivacyCollector(Collector):
                 "version": _version(),
             }  # fmt: skip
             info.add_metric(labels, facts)
-        yield from (*gauges.values(), charges, refusals, info)
+        yield from (*gauges.values(), charges, refusals, info, policy)
 
     def _account(self, path: Path) -> Account:
         with self._lock:
@@ -172,6 +176,13 @@ def application(policy: Policy, members: Sequence[Member], workers: Workers):  #
         return [b"ok\n" if ready else b"not ready\n"]
 
     return route
+
+
+def _terms(privacy: Privacy) -> dict[str, str]:
+    """The terms as labels. The digest changes with any of them, so that a rule needs to know none by name."""
+    terms = privacy.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+    return {name: str(value) for name, value in terms.items()} | {"sha256": digest}
 
 
 def _version() -> str:
