@@ -18,7 +18,7 @@ COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --ge
 	--prerelease disallow --no-emit-index-url --no-header $(if $(UPGRADE),--upgrade)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run forget test test-long lint types bench lock clean
+.PHONY: help setup run forget test test-long test-k8s render lint types bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,15 @@ lint: setup ## Check style with ruff
 
 types: setup ## Check types with mypy
 	$(PY) -m mypy
+
+render: ## Print Kubernetes manifests: CLIENTS=300 or a file, OVERLAY=gpu-cluster, WHAT=ledgers|keys|partitions|clients
+	@$(MAKE) --no-print-directory setup >&2
+	@exec $(PY) -m k8s $(or $(WHAT),render) $(if $(CLIENTS),--clients $(call quote,$(CLIENTS))) \
+		$(if $(OVERLAY),--overlay $(call quote,$(OVERLAY))) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(PKI),--pki $(call quote,$(PKI)))
+
+test-k8s: setup ## The manifests against a real control plane, which it builds once (ARGS= goes to pytest)
+	$(PY) -m pytest tests/k8s $(ARGS)
 
 bench: setup ## Run the benchmarks, or one of them: BENCH=name
 	$(PY) -m benchmarks $(BENCH)
