@@ -12,7 +12,7 @@ from tests.k8s.cluster import Cluster
 PROVISIONER = "fedeps.test/folders"
 GPU_LABELS = {
     "nvidia.com/gpu.present": "true",
-    "nvidia.com/gpu.compute.major": "9",
+    "nvidia.com/gpu.family": "hopper",
     "nvidia.com/gpu.sharing-strategy": "time-slicing",
 }
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"

@@ -131,8 +131,8 @@ def test_the_namespace_enforces_restricted_pod_security(cluster: Cluster, applie
     labels = cluster.get("namespace", "fedeps")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     pod = {
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rooted", "namespace": "fedeps"},
-        "spec": {"containers": [{"name": "shell", "image": "shell", "securityContext": {"privileged": True}}]},
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "careless", "namespace": "fedeps"},
+        "spec": {"containers": [{"name": "shell", "image": "shell"}]},
     }  # fmt: skip
     refused = cluster.kubectl("apply", "--filename", "-", stdin=yaml.safe_dump(pod), ok=(1,))
     assert 'violates PodSecurity "restricted:latest"' in refused.stderr
