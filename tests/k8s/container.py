@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
+_SYSTEM = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib64",
+    *(f"/etc/{name}" for name in ("alternatives", "group", "ld.so.cache", "nsswitch.conf", "passwd", "ssl")),
+)  # fmt: skip
 _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 38, 24
 
 
@@ -25,7 +28,7 @@ def main(path: str) -> None:
     for source in _SYSTEM:
         if Path(source).is_symlink():
             (root / source[1:]).symlink_to(os.readlink(source))
-        elif Path(source).is_dir():
+        elif Path(source).exists():
             bind(Path(source), root, source, read_only=True)
     make(root, "/proc")
     mount("-t", "proc", "proc", root / "proc")
