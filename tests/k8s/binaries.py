@@ -11,9 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "controlplane"
-BUILT = ("kube-apiserver", "kube-controller-manager", "kube-scheduler")
-PROGRAMS = ("etcd", "kubectl", *BUILT)
+HERE = Path(__file__).parent
+_PROMETHEUS = "github.com/prometheus/prometheus/cmd"
+_TAGS = ("-tags", "remove_all_sd,enable_kubernetes_sd")
+BUILT = {  # by program: the folder of its go.mod, the package, more flags
+    **{
+        program: ("controlplane", f"./{program}", ())
+        for program in ("kube-apiserver", "kube-controller-manager", "kube-scheduler")
+    },
+    **{program: ("prometheus", f"{_PROMETHEUS}/{program}", _TAGS) for program in ("prometheus", "promtool")},
+}
+CONTROL_PLANE = ("etcd", "kubectl", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+PROGRAMS = (*CONTROL_PLANE, "prometheus", "promtool")
 _STAMP = "k8s.io/component-base/version"
 
 
@@ -23,7 +32,8 @@ class Missing(Exception):
 
 def version() -> str:
     """Of Kubernetes, as go.mod has it."""
-    found = re.search(r"^\tk8s\.io/kubernetes (v\S+)$", (SOURCE / "go.mod").read_text(), re.MULTILINE)
+    text = (HERE / "controlplane/go.mod").read_text()
+    found = re.search(r"^\tk8s\.io/kubernetes (v\S+)$", text, re.MULTILINE)
     assert found
     return found[1]
 
@@ -33,11 +43,13 @@ def cache() -> Path:
 
 
 def find(program: str) -> Path | None:
-    """Where the program is, or None."""
+    """Where the program is, or None. A Prometheus on the PATH may be one without Kubernetes, such as Debian's."""
     assets = os.environ.get("KUBEBUILDER_ASSETS")
     for path in ([Path(assets) / program] if assets else []) + ([cache() / program] if program in BUILT else []):
         if path.is_file():
             return path
+    if program in ("prometheus", "promtool"):
+        return None
     return Path(found) if (found := shutil.which(program)) else None
 
 
@@ -57,6 +69,7 @@ def build(program: str) -> Path:
         raise Missing(f"{program}: not in {cache()}, and no go on PATH to build it")
     target = cache() / program
     target.parent.mkdir(parents=True, exist_ok=True)
+    folder, package, more = BUILT[program]
     major, minor = version().removeprefix("v").split(".")[:2]
     stamps = {"gitVersion": version(), "gitMajor": major, "gitMinor": minor}
     flags = " ".join(["-s -w", *(f"-X {_STAMP}.{name}={value}" for name, value in stamps.items())])
@@ -64,8 +77,8 @@ def build(program: str) -> Path:
     print(f"building {program} {version()} into {target}", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
-            [go, "build", "-trimpath", "-ldflags", flags, "-o", str(temporary), f"./{program}"],
-            cwd=SOURCE, capture_output=True, text=True,
+            [go, "build", "-trimpath", *more, "-ldflags", flags, "-o", str(temporary), package],
+            cwd=HERE / folder, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode != 0:
             raise Missing(f"{program}: {' '.join(done.stderr.split())[:2000]}")

@@ -31,7 +31,7 @@ class Cluster:
         self._processes: list[subprocess.Popen[bytes]] = []
         etcd, peer, self.port, manager, scheduler = free_ports(5)
         self._ports = {"etcd": etcd, "peer": peer, "manager": manager, "scheduler": scheduler}
-        self.programs = {program: binaries.get(program) for program in binaries.PROGRAMS}
+        self.programs = {program: binaries.get(program) for program in binaries.CONTROL_PLANE}
         pki.create(folder / "pki", partitions=[])
         self.authority = folder / "pki/public/ca.crt"
         self.kubeconfig = self._kubeconfig("admin")

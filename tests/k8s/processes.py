@@ -56,11 +56,16 @@ class ProcessKubelet(Kubelet):
         self.folder = folder
         self.containers: dict[str, Container] = {}  # by the pod's uid
         self.logs: dict[str, Path] = {}  # by the pod's name
-        self._bridge = f"fdp{os.getpid() % 10**7}"
+        self._name = f"fdp{os.getpid()}"
         self._next = 1
-        ip("link", "add", self._bridge, "type", "bridge")
-        ip("address", "add", f"{NETWORK}.1/24", "dev", self._bridge)
-        ip("link", "set", self._bridge, "up")
+        # The bridge has a namespace of its own: whatever else is on this machine, a firewall between pods is not.
+        ip("netns", "add", self._name)
+        ip("-n", self._name, "link", "add", "pods", "type", "bridge")
+        ip("-n", self._name, "link", "set", "pods", "up")
+        ip("link", "add", self._name, "type", "veth", "peer", "name", "host", "netns", self._name)
+        ip("-n", self._name, "link", "set", "host", "master", "pods", "up")
+        ip("address", "add", f"{NETWORK}.1/24", "dev", self._name)
+        ip("link", "set", self._name, "up")
 
     def volume_folder(self, namespace: str, claim: str) -> str:
         path = self.folder / "volumes" / namespace / claim
@@ -118,7 +123,8 @@ class ProcessKubelet(Kubelet):
             if container.process is not None:
                 container.process.wait()
             self._remove(container)
-        ip("link", "delete", self._bridge)
+        ip("link", "delete", self._name)
+        ip("netns", "delete", self._name)
 
     def log(self, pod: str) -> str:
         return self.logs[pod].read_text(errors="replace")
@@ -222,14 +228,14 @@ class ProcessKubelet(Kubelet):
 
     def _network(self) -> tuple[str, str]:
         self._next += 1
-        number, namespace = self._next, f"{self._bridge}n{self._next}"
+        number, namespace = self._next, f"{self._name}n{self._next}"
         assert number < 255
-        address, inside, outside = f"{NETWORK}.{number}", "eth0", f"v{self._bridge[3:]}{number}"[:15]
+        address, outside = f"{NETWORK}.{number}", f"pod{number}"
         ip("netns", "add", namespace)
-        ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
-        ip("link", "set", outside, "master", self._bridge, "up")
-        ip("-n", namespace, "address", "add", f"{address}/24", "dev", inside)
-        ip("-n", namespace, "link", "set", inside, "up")
+        ip("-n", namespace, "link", "add", "eth0", "type", "veth", "peer", "name", outside, "netns", self._name)
+        ip("-n", self._name, "link", "set", outside, "master", "pods", "up")
+        ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+        ip("-n", namespace, "link", "set", "eth0", "up")
         ip("-n", namespace, "link", "set", "lo", "up")
         return address, namespace
 

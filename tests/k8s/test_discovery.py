@@ -1,7 +1,6 @@
 """What a Prometheus without the operator finds in the namespace: exactly the pods of server and clients."""
 
 import json
-import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from k8s import ledgers, render
 from k8s.clients import fleet
 from k8s.template import ROOT, Manifest, build
 from tests.federation import free_ports, wait_for
+from tests.k8s import binaries
 from tests.k8s.cluster import Cluster
 from tests.k8s.combinations import overlay_with
 from tests.k8s.nodes import Kubelet, node, nodes
@@ -24,10 +24,7 @@ PODS = "/api/v1/namespaces/fedeps/pods"
 SCRAPE = ROOT / "k8s/components/monitoring/annotations/scrape.yml"
 PATIENCE = 300.0
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus (apt-get install prometheus)"),
-]
+pytestmark = pytest.mark.timeout(900)
 
 Targets = set[tuple[str, str, str]]  # job, instance, URL
 
@@ -70,7 +67,11 @@ def pods(cluster: Cluster, kubelet: Kubelet, template: list[Manifest]) -> Iterat
 
 @pytest.fixture(scope="module")
 def prometheus(pods: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Debian's Prometheus, with the file that a cluster's own would be given, as its ServiceAccount."""
+    """A real one, with the file that a cluster's own would be given, as its ServiceAccount."""
+    try:
+        program, tool = binaries.get("prometheus"), binaries.get("promtool")
+    except binaries.Missing as missing:
+        pytest.skip(str(missing))
     folder = tmp_path_factory.mktemp("prometheus")
     token = pods.kubectl("--namespace", "monitoring", "create", "token", "prometheus").stdout
     (folder / "token").write_text(token)
@@ -84,14 +85,14 @@ def prometheus(pods: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     content["rule_files"] = [str(ROOT / "monitoring/prometheus/rules/*.yml")]
     config = folder / "prometheus.yml"
     config.write_text(yaml.safe_dump(content))
-    checked = subprocess.run(["promtool", "check", "config", str(config)], capture_output=True, text=True)
+    checked = subprocess.run([tool, "check", "config", config], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     address = f"127.0.0.1:{free_ports(1)[0]}"
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             tethered(
                 [
-                    "prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
+                    str(program), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address={address}",
                 ]
             ),
