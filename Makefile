@@ -63,6 +63,15 @@ lint: setup ## Check style with ruff
 types: setup ## Check types with mypy
 	$(PY) -m mypy
 
+render: ## Print Kubernetes manifests: CLIENTS=300 or a file, OVERLAY=gpu-cluster, WHAT=ledgers|keys|partitions|clients
+	@$(MAKE) --no-print-directory setup >&2
+	@exec $(PY) -m k8s $(or $(WHAT),render) $(if $(CLIENTS),--clients $(call quote,$(CLIENTS))) \
+		$(if $(OVERLAY),--overlay $(call quote,$(OVERLAY))) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(PKI),--pki $(call quote,$(PKI)))
+
+test-k8s: setup ## The manifests against a real control plane, which it builds once (ARGS= goes to pytest)
+	$(PY) -m pytest tests/k8s $(ARGS)
+
 bench: setup ## Run the benchmarks, or one of them: BENCH=name
 	$(PY) -m benchmarks $(BENCH)
 

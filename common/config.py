@@ -182,15 +182,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Document = TypeVar("Document", Federation, Policy)
+Document = TypeVar("Document", bound=BaseModel)
 
 
 def load(document: type[Document], path: Path) -> Document:
-    """The file at `path` as a `Federation` or a `Policy`.
+    """The file at `path` as a `Federation`, a `Policy`, or another such document.
 
     Raises:
         ConfigError: with one line per finding.
     """
+    return parse(document, read(path), source=str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at `path`, not yet held against any document. Raises ConfigError."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
@@ -199,7 +204,7 @@ def load(document: type[Document], path: Path) -> Document:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {content!r}")
-    return parse(document, content, source=str(path))
+    return content
 
 
 def parse(document: type[Document], content: dict[str, Any], *, source: str) -> Document:

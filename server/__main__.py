@@ -12,7 +12,7 @@ from common.config import ConfigError, Federation, load
 from common.files import LockedError, hold
 from common.logs import start_logging
 from common.process import adopt_orphans
-from server import exporter, history, outcome, preflight, relay
+from server import checkpoint, exporter, history, outcome, preflight, relay
 from server.superlink import SuperLink
 
 _LOG = logging.getLogger("server")
@@ -27,7 +27,13 @@ class _Stopped(BaseException):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("config/federation.yaml"), help="%(default)s")
-    path = parser.parse_args(arguments).config
+    parser.add_argument(
+        "--stay",
+        action="store_true",
+        help="once the run has ended go on serving its metrics, and never run the same configuration twice",
+    )
+    options = parser.parse_args(arguments)
+    path = options.config
     start_logging()
     for number in _STOPS:
         signal.signal(number, _stop)
@@ -37,10 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
         with hold(config.server.state / "server.lock"):
             preflight.check(config)
             exporter.serve(config.server)
-            return _supervise(config, path)
+            if not options.stay:
+                return _supervise(config, path)
+            code = 0 if checkpoint.finished(config) else _supervise(config, path)
+            while code == 0:
+                _LOG.info("the run has ended; a changed configuration starts the next one")
+                signal.pause()
+            return code
     except LockedError:
         return _refuse(f"server.state: {config.server.state} is in use by another python -m server (stop that first)")
-    except (ConfigError, OSError) as error:
+    except (ConfigError, outcome.UnusableError, OSError) as error:
         return _refuse(str(error))
     except _Stopped as stopped:
         return 128 + int(stopped.args[0])

@@ -120,6 +120,12 @@ def resume(config: Federation, initial: Arrays) -> Checkpoint:
     return last
 
 
+def finished(config: Federation) -> bool:
+    """Whether the last run is the one that `config` defines, and has ended. Raises UnusableError as `resume` does."""
+    last = _load(config.server.state / _FILE)
+    return last is not None and last.finished and last.digest == define(config)
+
+
 def define(config: Federation) -> str:
     """A digest of everything that makes two runs the same run: not addresses, paths and deadlines."""
     content = json.dumps(config.model_dump(mode="json", exclude=_HERE), sort_keys=True)

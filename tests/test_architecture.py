@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("server", "client", "common", "local", "audit")
+PACKAGES = ("server", "client", "common", "local", "audit", "k8s")
 ARROWS = {
     "server": {"common"},
     "client": {"common"},
     "common": set(),
     "local": {"common", "server", "client"},
     "audit": {"common", "client"},
+    "k8s": {"common"},
 }
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
 KNOWS_FLOWER = {"client/fleet.py"}
@@ -109,6 +110,7 @@ def test_common_knows_neither_flower_servers_nor_clients_nor_opacus() -> None:
         ("server.exporter", (*HEAVY, "flwr")),
         ("server.__main__", HEAVY),
         ("local.__main__", HEAVY),
+        ("k8s.__main__", (*HEAVY, "flwr", "grpc", "numpy")),
         ("common.pki", (*HEAVY, "flwr", "grpc")),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from common.config import Federation, parse
 from common.messages import Standing
-from server.checkpoint import Anchor, Checkpoint, Member, define, resume
+from server.checkpoint import Anchor, Checkpoint, Member, define, finished, resume
 from server.history import History, rounds
 from server.outcome import UnusableError
 from tests.federation import wait_for
@@ -70,6 +70,17 @@ def test_another_definition_is_another_run_with_the_same_anchors(tmp_path: Path,
     assert (found.round, found.members, found.moments) == (0, {}, {})
     assert found.anchors == saved.anchors
     np.testing.assert_array_equal(found.arrays["layer.weight"], arrays()["layer.weight"])
+
+
+def test_only_the_run_that_has_ended_is_finished(tmp_path: Path) -> None:
+    """What keeps a server that stays from running the same configuration twice."""
+    settings = config(tmp_path)
+    assert not finished(settings)
+    make(settings).save(tmp_path)
+    assert not finished(settings)
+    make(settings, finished=True).save(tmp_path)
+    assert finished(settings)
+    assert not finished(config(tmp_path, rounds=9))
 
 
 def test_addresses_and_deadlines_do_not_define_a_run(tmp_path: Path) -> None:

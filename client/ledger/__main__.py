@@ -1,4 +1,4 @@
-"""`python -m client.ledger show|verify|create`: for people and scripts. Never writes to an existing ledger."""
+"""`python -m client.ledger show|verify|create|begin`: for people and scripts. Never writes to an existing ledger."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client.ledger import Account, LedgerError, create, read
+from client.ledger import Account, LedgerError, begin, create, read
 from common.config import ConfigError, Policy, load
 
 
@@ -39,7 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         if verb == "create":
             command.add_argument("--policy", type=Path, required=True, help="the owner's policy.yaml")
             command.add_argument("--partition", required=True, help="the partition's name in the policy")
+    command = verbs.add_parser("begin", help="start the budgets of all partitions, before they get their keys")
+    command.add_argument("--policy", type=Path, required=True, help="the owner's policy.yaml")
     options = parser.parse_args(arguments)
+    if options.verb == "begin":
+        return _begin(options.policy)
     try:
         if options.verb == "create":
             policy = load(Policy, options.policy)
@@ -69,6 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{facts['partition']} has spent epsilon {spent:.4f} of {budget:g} at delta {delta:g}")
         for name, value in facts.items():
             print(f"  {name:<17}{value}")
+    return 0
+
+
+def _begin(path: Path) -> int:
+    try:
+        made = begin(load(Policy, path))
+    except (LedgerError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(f"made {ledger}" for ledger in made) or "nothing to make: every partition has its ledger")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Kubernetes manifests: base and components by kustomize for one client, stamped out here for as many as there are."""
