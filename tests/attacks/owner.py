@@ -74,6 +74,16 @@ class Owner:
         path = self.site.data / "read"
         return len(path.read_text()) if path.exists() else 0
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Whoever reads the records waits."""
+        hold = self.site.data / "hold"
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
+
     def process(self, kind: str) -> int:
         """The host, its zygote or its worker."""
         if kind == "host":
