@@ -116,7 +116,7 @@ def _rounds(policy: Policy, ledger: Ledger, rounds: int) -> Iterator[RecordDict]
             anchor_sequence=sequence,
             anchor_head=head,
         )
-        budget = RemoteBudget(_Host(Conversation(ledger, policy.privacy)))  # type: ignore[arg-type]
+        budget = RemoteBudget(_Host(Conversation(ledger, policy.privacy)), bench)  # type: ignore[arg-type]
         reply = train_round(messages.request(zeros, proposal), f"audit-{number}", bench, _PARTITION, budget)
         standing = _standing(reply)
         sequence, head = standing.ledger_sequence, standing.ledger_head

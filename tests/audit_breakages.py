@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from client import accounting, app, noise
+from client.gradients import book_keeping, clipped, hooks
 from client.noise import SecureGenerator
 from client.training import SecureDPOptimizer
 
@@ -39,36 +40,32 @@ def noise_too_small_by_a_tenth(patch: Patch) -> None:
     _noise_times(0.9, patch)
 
 
+def _factors(patch: Patch, factors: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
+    for mode in (hooks, book_keeping):
+        patch.setattr(mode, "factors", factors)
+
+
 def no_clipping(patch: Patch) -> None:
-    def clip_and_accumulate(self: SecureDPOptimizer) -> None:
-        for parameter in self.params:
-            total = parameter.grad_sample.sum(dim=0)
-            parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
-
-    patch.setattr(SecureDPOptimizer, "clip_and_accumulate", clip_and_accumulate)
-
-
-def each_parameter_clipped_by_itself(patch: Patch) -> None:
-    def clip_and_accumulate(self: SecureDPOptimizer) -> None:
-        for parameter in self.params:
-            norms = parameter.grad_sample.flatten(start_dim=1).norm(dim=1)
-            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            total = torch.einsum("i,i...", factors, parameter.grad_sample)
-            parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
-
-    patch.setattr(SecureDPOptimizer, "clip_and_accumulate", clip_and_accumulate)
+    _factors(patch, lambda norms, _: torch.ones_like(norms))
 
 
 def sensitivity_doubled(patch: Patch) -> None:
     """Clipped to twice the norm that the noise is made for."""
-    shipped = SecureDPOptimizer.clip_and_accumulate
+    _factors(patch, lambda norms, bound: clipped.factors(norms, 2 * bound))
 
-    def clip_and_accumulate(self: SecureDPOptimizer) -> None:
-        self.max_grad_norm *= 2
-        shipped(self)
-        self.max_grad_norm /= 2
 
-    patch.setattr(SecureDPOptimizer, "clip_and_accumulate", clip_and_accumulate)
+def each_parameter_clipped_by_itself(patch: Patch) -> None:
+    def sums(self: hooks.Hooks, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        self._loss(self._wrapped(inputs), targets).sum().backward()
+        for parameter in self._parameters:
+            gradients: Any = parameter.grad_sample
+            parameter.grad_sample = parameter.grad = None
+            scale = clipped.factors(gradients.flatten(1).norm(dim=1), self._bound)
+            found.append(torch.einsum("b,b...->...", scale, gradients))
+        return found
+
+    patch.setattr(hooks.Hooks, "__call__", sums)
 
 
 def same_noise_in_each_job(patch: Patch) -> None:

@@ -25,11 +25,12 @@ from audit.view import chart, text
 from client import accounting, app
 from client.accounting import Release
 from client.exporter import AuditCollector
+from client.gradients import MODES
 from client.model_check import ModelRefused
 from common import audit as result
 from common.audit import Audit
-from common.config import Partition, Policy, Privacy, load
-from tests.audit_breakages import ALSO_CAUGHT_BY, CAUGHT_BY, LOSS, Patch
+from common.config import GradientMode, Partition, Policy, Privacy, load
+from tests.audit_breakages import ALSO_CAUGHT_BY, AMPLITUDE, CAUGHT_BY, LOSS, Patch, sensitivity_doubled
 
 ROOT = Path(__file__).parents[1]
 QUICK = Size(canaries=1000, silent=300, steps=100)
@@ -74,6 +75,15 @@ def test_the_shipped_client_passes(monkeypatch: Patch) -> None:
     for setting in audit.settings:
         last = setting.points[-1]
         assert 0 < last.one_run < last.privacy_loss < last.claimed  # it sees something, and not too much
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_gradient_mode_is_held_to_its_clip(mode: GradientMode, monkeypatch: Patch) -> None:
+    terms = policy(noise_multiplier=1.0)
+    terms = terms.model_copy(update={"training": terms.training.model_copy(update={"gradient_mode": mode})})
+    assert failed(quick(monkeypatch, terms)) == set()
+    sensitivity_doubled(monkeypatch)
+    assert AMPLITUDE in failed(quick(monkeypatch, terms))
 
 
 @pytest.mark.parametrize("breakage", CAUGHT_BY, ids=lambda breakage: breakage.__name__)
