@@ -91,21 +91,14 @@ def _check_ledgers(policy: Policy, forget: str) -> None:
 
 
 def _create_ledgers(policy: Policy) -> None:
-    missing = [p.name for p in policy.partitions if not policy.ledger_path(p.name).exists()]
-    if not missing:
+    if all(policy.ledger_path(partition.name).exists() for partition in policy.partitions):
         return
     from client import ledger  # it imports scipy, which takes a second that only a first run needs to wait
 
-    for name in missing:
-        try:
-            ledger.create(
-                policy.ledger_path(name),
-                partition=name,
-                privacy=policy.privacy,
-                anchor=policy.anchor_path(name),
-            )
-        except ledger.LedgerError as error:
-            raise LocalError(str(error)) from error
+    try:
+        ledger.begin(policy)
+    except ledger.LedgerError as error:
+        raise LocalError(str(error)) from error
 
 
 def _write(path: Path, document: Federation | Policy) -> None:
