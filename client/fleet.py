@@ -142,8 +142,7 @@ class Fleet:
         self._ca = ca_certificate
         load_certificate(ca_certificate)  # gRPC would take anything, and then refuse every server
         options: list[tuple[str, Any]] = [
-            ("grpc.max_send_message_length", MAX_OBJECT_BYTES),
-            ("grpc.max_receive_message_length", MAX_OBJECT_BYTES),
+            *((f"grpc.max_{way}_message_length", MAX_OBJECT_BYTES) for way in ("send", "receive")),
             ("grpc.keepalive_time_ms", 210_000),
             ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
         ]
@@ -248,8 +247,7 @@ class Node:
             node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
         try:
-            objects: dict[str, bytes] = {}
-            left = self._max_message_bytes
+            objects, left = dict[str, bytes](), self._max_message_bytes
             for tree in iterate_object_tree(response.message_object_trees[0]):
                 objects[tree.object_id] = self._pull(metadata.run_id, tree.object_id)
                 left -= len(tree.object_id) + len(objects[tree.object_id])

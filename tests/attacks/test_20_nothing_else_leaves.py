@@ -31,7 +31,7 @@ from tests.attacks.task import Rigged
 COUNT, NOMINAL = 1237, 1200
 MARKER = b"Jo Doe 4"  # pixels
 LABEL = 4711
-LOSS = 31.415927
+LOSS = float(np.float32(31.415927))
 
 TEXTS = {
     "a record": re.compile(rb"Jo Doe|74, ?111, ?32|74\.?0* +111|4a6f20446f65", re.IGNORECASE),
@@ -63,7 +63,7 @@ def planted(task: Rigged) -> None:
 
     task.patch.setattr(task, "owned", owned)
     losses = task.losses
-    task.patch.setattr(task, "losses", lambda outputs, targets: losses(outputs, targets) * 1e-6 + LOSS)
+    task.patch.setattr(task, "losses", lambda outputs, targets: losses(outputs, targets) * 1e-9 + LOSS)
 
 
 def secret(task: Rigged) -> str:

@@ -48,7 +48,6 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def test_a_delta_of_one_over_the_real_count_releases_nothing(owner: Site) -> None:
-    moved(owner.ask(0))
     owner.order(of_100_records)
     said = len(owner.run.log("client"))
     for _ in range(2):  # neither the first time nor later

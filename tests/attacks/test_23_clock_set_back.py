@@ -21,7 +21,7 @@ STEPS = 4
 
 @pytest.fixture
 def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    terms = {"epsilon": 2.0, "noise_multiplier": 1.5, "max_steps_per_round": STEPS}
+    terms = {"epsilon": 2.0, "noise_multiplier": 1.0, "max_steps_per_round": STEPS}
     with site(tmp_path_factory.mktemp("clock"), clients=1, privacy=terms) as made:
         yield made
 

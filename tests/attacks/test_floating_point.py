@@ -54,8 +54,8 @@ class Textbook(SecureGenerator):
 
 
 def test_without_the_grid_the_last_bits_tell() -> None:
-    """The control: near zero a sum is a multiple of the last bit of the record's share, and noise alone is not."""
-    unit = 2.0 ** (math.floor(math.log2(SHARE)) - 23)
+    """The control: near zero a sum is a multiple of the last bit of its larger summands, and noise alone is not."""
+    unit = 2.0 ** (math.floor(math.log2(0.75 * SHARE)) - 23)
     near = {}
     for present in (True, False):
         values = released(Textbook(), present=present)
