@@ -344,6 +344,14 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_result_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    done = command(tmp_path, "--short", "--policy", str(ROOT / "config/policy.yaml"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["state/audit: Not a directory (client.audit is state/audit/audit.json)"]
+
+
 def found(*, ok: bool = True, terms: Privacy | None = None) -> Audit:
     checks = [result.Check.of(name="noise", observed=1.0 if ok else 0.5, low=0.9, high=1.1)]
     points = [
