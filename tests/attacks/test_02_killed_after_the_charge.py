@@ -18,16 +18,15 @@ from tests.hostile.fleet import Sent
 
 def killed(owner: Owner, kind: str) -> Sent:
     """Kills it while a worker reads the records of a new message, and looks for the charge. The message."""
+    owner.site.end_workers(owner.client)  # which may have the records already
     before, read = owner.site.account(Part.KILLED), owner.records_read()
-    hold = owner.site.data / "hold"
-    hold.touch()
     sent = Sent.whole(pack(question()))
-    owner.site.tell(Part.KILLED, sent)
-    wait_for(lambda: owner.records_read() > read, "a worker that reads the records", 120)
-    os.kill(owner.process(kind), signal.SIGKILL)
-    if kind != "worker":
-        owner.client.wait(60)
-    hold.unlink()
+    with owner.held():
+        owner.site.tell(Part.KILLED, sent)
+        wait_for(lambda: owner.records_read() > read, "a worker that reads the records", 120)
+        os.kill(owner.process(kind), signal.SIGKILL)
+        if kind != "worker":
+            owner.client.wait(60)
     after = owner.site.account(Part.KILLED)
     assert len(after.messages) == len(before.messages) + 1, "records were read and nothing was charged"
     assert after.epsilon_spent > before.epsilon_spent
