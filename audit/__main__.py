@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     path = policy.client.audit
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # known before minutes of work, not after them
+        path.parent.mkdir(parents=True, exist_ok=True)  # known before a minute of work, not after it
         result = report.audit(policy, short=options.short, progress=lambda line: print(line, flush=True))
         audit.write(result, path)
         files.replace(path.with_suffix(".svg"), view.chart(result).document().encode())
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.policy}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"client.audit: {path}: {error.strerror} (name a file that can be written)", file=sys.stderr)
+        print(f"{error.filename or path}: {error.strerror or error} (client.audit is {path})", file=sys.stderr)
         return 2
     print(f"\n{view.text(result)}\nwritten to {path} and {path.with_suffix('.svg')}")
     return 0 if result.ok else 1

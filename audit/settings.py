@@ -34,9 +34,9 @@ def settings(privacy: Privacy, size: Size, *, short: bool, level: float) -> list
     Raises:
         AuditError: the noise is so large that no record could be seen.
     """
-    chosen = [_affordable("the owner's terms", privacy, size), _full(privacy, size, level)]
+    chosen = [_affordable("owner's terms", privacy, size), _full(privacy, size, level)]
     if not short:
-        for name, factor in (("half the noise", 0.5), ("twice the noise", 2.0)):
+        for name, factor in (("noise x 0.5", 0.5), ("noise x 2", 2.0)):
             changed = {"noise_multiplier": min(1e6, max(0.01, factor * privacy.noise_multiplier))}
             chosen.append(_affordable(name, privacy.model_copy(update=changed), size))
     return chosen
@@ -76,6 +76,4 @@ def _full(privacy: Privacy, size: Size, level: float) -> Setting:
             " (the audit has nothing to see under so much noise)"
         )
     terms = privacy.model_copy(update={"batch_size": privacy.records, "max_steps_per_round": 1})
-    return Setting(
-        name="every record in each step", privacy=terms, size=replace(size, canaries=canaries), rounds=rounds, steps=1
-    )
+    return Setting(name="every record", privacy=terms, size=replace(size, canaries=canaries), rounds=rounds, steps=1)

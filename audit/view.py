@@ -19,7 +19,7 @@ def text(audit: Audit) -> str:
     return "\n".join([*lines, f"{verdict} (a sound client fails with probability below {audit.false_alarm:g})"])
 
 
-_KINDS = {"privacy_loss": "by privacy loss", "one_run": "by one run"}
+_KINDS = {"privacy_loss": "loss", "one_run": "one run"}
 
 
 def chart(audit: Audit) -> Chart:
@@ -35,7 +35,7 @@ def chart(audit: Audit) -> Chart:
     for kind, how in _KINDS.items():
         for name, points in shown.items():
             path = sorted((point.claimed, float(getattr(point, kind))) for point in points)
-            series.append(Series(label=f"{name}, {how}", points=path, hint=f"{name}, {how}"))
+            series.append(Series(label=f"{name}: {how}", points=path))
     said = [
         f"{name}: claimed {points[-1].claimed:.2f}, measured at least {points[-1].one_run:.2f} by one run and"
         f" {points[-1].privacy_loss:.2f} by privacy loss"

@@ -280,7 +280,7 @@ def test_the_checks_tell_small_deviations() -> None:
 def test_the_owners_terms_come_first_and_fill_the_budget() -> None:
     terms = policy(noise_multiplier=1.0).privacy
     chosen = settings(terms, Size(canaries=2000, silent=500, steps=10_000), short=False, level=1e-7)
-    assert [setting.name for setting in chosen][:2] == ["the owner's terms", "every record in each step"]
+    assert [setting.name for setting in chosen][:2] == ["owner's terms", "every record"]
     first = chosen[0]
     steps = first.rounds * first.steps
     mechanism = (1.0, terms.sample_rate)
@@ -354,6 +354,14 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_result_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    done = command(tmp_path, "--short", "--policy", str(ROOT / "config/policy.yaml"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["state/audit: Not a directory (client.audit is state/audit/audit.json)"]
+
+
 def found(*, ok: bool = True, terms: Privacy | None = None) -> Audit:
     checks = [result.Check.of(name="noise", observed=1.0 if ok else 0.5, low=0.9, high=1.1)]
     points = [
@@ -361,7 +369,7 @@ def found(*, ok: bool = True, terms: Privacy | None = None) -> Audit:
         result.Point(rounds=2, claimed=1.5, one_run=0.3, privacy_loss=0.7),
     ]
     setting = result.Setting(
-        name="the owner's terms", noise_multiplier=1.5, sample_rate=0.1, steps=1, points=points, checks=checks
+        name="owner's terms", noise_multiplier=1.5, sample_rate=0.1, steps=1, points=points, checks=checks
     )
     return Audit(
         time="2026-01-02T03:04:05Z", ok=ok, short=True, confidence=0.95, false_alarm=1e-6, canaries=10, seconds=1.0,

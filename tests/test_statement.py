@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 
 from client import ledger
-from client.accounting import Release
 from client.ledger import Ledger, chain
 from client.policy import worst_round
 from client.statement.__main__ import main
 from client.statement.making import Signer
-from common import pki, statement
+from common import audit, pki, statement
 from common.certificates import load_key
 from common.config import Policy, parse
 from common.statement import MAX_BYTES, Signed, Statement, StatementError
@@ -65,13 +65,18 @@ class Owner:
     def signed(self, update: str | None = None) -> Signed:
         return Signer(self.policy, NAME).sign(ledger.read(self.ledger), run=RUN, update=update)
 
-    def audit(self, **changes: Any) -> None:
-        """What an audit of these terms leaves, as far as a statement takes from it."""
-        found = {
-            "ok": True, "time": "2026-01-01T00:00:00Z", "privacy": self.policy.privacy.model_dump(mode="json"),
-            "settings": [{"points": [{"one_run": 0.1}, {"one_run": 0.5}]}, {"points": [{"one_run": 0.7}]}],
-        }  # fmt: skip
-        (self.folder / "audit.json").write_text(json.dumps(found | changes))
+    def audit(self, *, ok: bool = True) -> None:
+        """What an audit of these terms leaves."""
+        trial = audit.Setting(
+            name="owner", noise_multiplier=1.5, sample_rate=64 / 718, steps=4,
+            points=[audit.Point(rounds=n, claimed=2.0, one_run=n / 2, privacy_loss=1.0) for n in (0, 1)],
+            checks=[audit.Check(name="noise", observed=1.0, low=0.9, high=1.1, ok=ok)],
+        )  # fmt: skip
+        found = audit.Audit(
+            time=datetime(2026, 1, 1, tzinfo=UTC), ok=ok, short=True, confidence=0.95, false_alarm=1e-6, canaries=9,
+            seconds=1.0, privacy=self.policy.privacy, settings=[trial],
+        )  # fmt: skip
+        audit.write(found, self.folder / "audit.json")
 
     def file(self, *contents: dict[str, Any], **around: Any) -> Path:
         """A statement file, of the true statement or of these."""
@@ -343,19 +348,17 @@ def test_a_run_without_a_proper_name_is_no_ledger_of_ours(adaptive: Owner) -> No
         ledger.read(adaptive.ledger)
 
 
-def test_an_audit_is_stated_if_there_is_one(adaptive: Owner) -> None:
-    path = adaptive.folder / "audit.json"
+def test_an_audit_of_these_terms_is_stated(adaptive: Owner, capsys: pytest.CaptureFixture[str]) -> None:
     assert adaptive.signed().statement.audit is None
     for nothing in ("", "[]", "{}", "[" * 10**5):
-        path.write_text(nothing)
-        assert adaptive.signed().statement.audit is None
-    for changes in ({"ok": "yes"}, {"settings": []}, {"settings": [{"points": [{"one_run": -1.0}]}]}, {"time": None}):
-        adaptive.audit(**changes)
+        (adaptive.folder / "audit.json").write_text(nothing)
         assert adaptive.signed().statement.audit is None
     adaptive.audit()
-    audit = adaptive.signed().statement.audit
-    assert audit is not None
-    assert (audit.ok, audit.epsilon_lower_bound, audit.time) == (True, 0.5, "2026-01-01T00:00:00Z")
+    stated = adaptive.signed().statement.audit
+    assert stated is not None
+    assert (stated.ok, stated.epsilon_lower_bound, stated.time) == (True, 0.5, "2026-01-01T00:00:00+00:00")
+    adaptive.audit(ok=False)
+    assert verify(capsys, adaptive.file())[0] == 1
     adaptive.content["privacy"]["max_grad_norm"] = 1.0  # other terms than those that were audited
     assert adaptive.signed().statement.audit is None
 
@@ -432,15 +435,18 @@ def test_rubbish_is_no_statement(text: str) -> None:
 
 def test_many_mechanisms_still_fit(adaptive: Owner) -> None:
     """Each change of the owner's terms adds one; beyond what a message takes the client says so and trains on."""
-    opened = Ledger.open(adaptive.ledger, partition=NAME, privacy=adaptive.policy.privacy)
-    for number in range(250):
-        opened.reserve(f"m{number}", Release(noise_multiplier=300.0 + number, sample_rate=1e-4, steps=1))
-    assert Signed.loads(adaptive.signed().dumps()) is not None
-    for number in range(250, 300):
-        opened.reserve(f"m{number}", Release(noise_multiplier=300.0 + number, sample_rate=1e-4, steps=1))
-    opened.close()
-    with pytest.raises(StatementError):
-        adaptive.signed()
+    content = adaptive.signed().statement.model_dump(mode="json")
+
+    def of(mechanisms: int) -> Signed:
+        noises = [1.5 + number / 7 for number in range(mechanisms)]
+        releases = [{"noise_multiplier": noise, "sample_rate": 64 / 718, "steps": 10**6} for noise in noises]
+        statement = Statement.model_validate_json(json.dumps({**content, "releases": releases}))
+        return Signed.by(load_key(adaptive.keys / NAME / "key"), statement)
+
+    largest = of(256)
+    assert Signed.loads(largest.dumps()) == largest
+    with pytest.raises(ValueError, match="releases"):
+        of(257)
 
 
 def test_a_signature_is_over_nothing_but_a_statement(adaptive: Owner) -> None:

@@ -4,7 +4,6 @@ Every figure is read from the verified ledger or is a constant of the policy: no
 """
 
 import hashlib
-import json
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,7 @@ from pathlib import Path
 from client.accounting import DISCRETIZATION, ORDERS, Composition, Mode
 from client.ledger import Account
 from client.ledger.account import Tally
-from common import statement
+from common import audit, statement
 from common.certificates import PkiError, load_key
 from common.config import Policy
 from common.statement import (
@@ -121,7 +120,7 @@ def state(account: Account, policy: Policy, *, run: str, update: str | None, pub
             commits=account.commits,
         ),
         update_sha256=update,
-        audit=read_audit(policy),
+        audit=_audit(policy),
         software=software(),
         not_covered=_NOT_COVERED,
         public_key=public_key,
@@ -142,16 +141,15 @@ def merged(composition: Composition) -> tuple[Steps, ...]:
     )
 
 
-def read_audit(policy: Policy) -> Audit | None:
+def _audit(policy: Policy) -> Audit | None:
     """The result of the last audit on this machine. None where there is none of these terms that can be read."""
     try:
-        content = json.loads(policy.client.audit.read_text(encoding="utf-8"))
-        if content["privacy"] != policy.privacy.model_dump(mode="json"):
-            return None  # an audit of other terms vouches for none of these
-        bound = float(content["settings"][0]["points"][-1]["one_run"])  # of the owner's terms, after all rounds
-        return Audit(ok=content["ok"], epsilon_lower_bound=bound, time=content["time"])
-    except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        found = audit.read(policy.client.audit)
+    except audit.AuditUnreadable:
         return None
+    if found is None or found.privacy != policy.privacy:
+        return None  # an audit of other terms vouches for none of these
+    return Audit(ok=found.ok, epsilon_lower_bound=found.epsilon_lower_bound, time=found.time.isoformat())
 
 
 @cache
