@@ -70,6 +70,7 @@ render: ## Print Kubernetes manifests: CLIENTS=300 or a file, OVERLAY=gpu-cluste
 		$(if $(PKI),--pki $(call quote,$(PKI)))
 
 test-k8s: setup ## The manifests against a real control plane, which it builds once (ARGS= goes to pytest)
+	-@$(PY) -m tests.k8s.binaries
 	$(PY) -m pytest tests/k8s $(ARGS)
 
 bench: setup ## Run the benchmarks, or one of them: BENCH=name

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from common.certificates import PkiError
 from k8s.clients import Client
-from k8s.template import Manifest, named
+from k8s.template import PART_OF, Manifest, named
 
-_LABELS = {"app.kubernetes.io/part-of": "fedeps", "app.kubernetes.io/name": "fedeps"}
+_LABELS = {PART_OF: "fedeps", "app.kubernetes.io/name": "fedeps"}
 
 
 def manifests(template: Sequence[Manifest], clients: Iterable[Client], pki: Path) -> list[Manifest]:

@@ -18,6 +18,7 @@ OVERLAYS = ROOT / "k8s/overlays"
 
 Manifest = dict[str, Any]
 
+PART_OF = "app.kubernetes.io/part-of"
 _FROM = "fedeps/from"  # an annotation: the files, relative to the repository, that fill the object
 
 
@@ -44,6 +45,8 @@ def build(overlay: Path) -> list[Manifest]:
     manifests = list(yaml.load_all(built.stdout, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     version = _version()
     for manifest in manifests:
+        # What components bring, too: `kubectl apply --selector` passes over what lacks it.
+        manifest["metadata"].setdefault("labels", {})[PART_OF] = "fedeps"
         _fill(manifest)
         _tag(manifest, version)
     _configure_server(manifests, overlay / "federation.yaml")

@@ -301,6 +301,11 @@ def test_no_pod_carries_a_token_a_tag_of_its_own_or_a_second_replica(template: l
         assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]["type"]) == (1, "Recreate")
 
 
+def test_a_selector_of_all_that_is_ours_passes_over_nothing(template: list[dict[str, Any]]) -> None:
+    for each in [*objects(template, "2").values(), *ledgers.manifests(template, fleet("2", GPU))]:
+        assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "fedeps", each["metadata"]["name"]
+
+
 def test_every_component_has_its_paragraph() -> None:
     for folder in (ROOT / "k8s/components").iterdir():
         assert (folder / "README.md").is_file(), folder

@@ -74,7 +74,7 @@ def build(program: str) -> Path:
     stamps = {"gitVersion": version(), "gitMajor": major, "gitMinor": minor}
     flags = " ".join(["-s -w", *(f"-X {_STAMP}.{name}={value}" for name, value in stamps.items())])
     temporary = target.with_name(f".{program}.{os.getpid()}")
-    print(f"building {program} {version()} into {target}", file=sys.stderr, flush=True)
+    print(f"building {program} into {target}", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
             [go, "build", "-trimpath", *more, "-ldflags", flags, "-o", str(temporary), package],

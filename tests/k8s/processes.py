@@ -299,7 +299,9 @@ class ProcessKubelet(Kubelet):
                     for port in container.pod["spec"]["containers"][0].get("ports", [])
                 }
                 assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
-                names[container.address] = [name, f"{name}.{namespace}", f"{name}.{namespace}.svc"]
+                names.setdefault(container.address, []).extend(
+                    [name, f"{name}.{namespace}", f"{name}.{namespace}.svc"]
+                )
                 break
         lines = ["127.0.0.1 localhost", *(f"{address} {' '.join(each)}" for address, each in names.items())]
         text = "\n".join(lines) + "\n"

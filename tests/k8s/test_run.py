@@ -129,7 +129,9 @@ def test_the_pods_were_what_the_manifests_say(run: Cluster, kubelet: ProcessKube
     for name in CLIENTS:
         path = ledger_of(kubelet, name)
         assert (path.stat().st_uid, path.stat().st_gid) == (10001, 10001)
-    for container in list(kubelet.containers.values()):
+    running = [each for each in list(kubelet.containers.values()) if each.process and each.process.poll() is None]
+    assert len(running) == 4
+    for container in running:
         assert container.process is not None
         status = Path(f"/proc/{processes.children(container.process.pid)[0]}/status").read_text()
         facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
