@@ -18,7 +18,7 @@ COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --ge
 	--prerelease disallow --no-emit-index-url --no-header $(if $(UPGRADE),--upgrade)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run forget test test-long lint types bench dashboards lock clean
+.PHONY: help setup run forget audit test test-long lint types bench dashboards lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ run: setup ## Train: a server and its clients as processes on this machine
 
 forget: setup ## Remove the demo's state, budgets included; asks first
 	@exec $(PY) -m local forget
+
+audit: setup ## Attack this installation's client and hold what it leaks against its claim (SHORT=1, POLICY=file)
+	@$(PY) -m audit $(if $(SHORT),--short) $(if $(POLICY),--policy $(call quote,$(POLICY)))
 
 test: lint types ## Lint, types and every test that takes seconds (ARGS= goes to pytest)
 	$(PY) -m pytest -m 'not long' $(ARGS)

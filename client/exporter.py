@@ -18,6 +18,7 @@ from client.ledger import Account, LedgerError, read
 from client.member import Member
 from client.policy import worst_round
 from client.workers import Workers
+from common import audit
 from common.config import Policy, Privacy
 
 LABELS = ("partition", "task")
@@ -98,6 +99,38 @@ class PrivacyCollector(Collector):
             return known[1]
 
 
+class AuditCollector(Collector):
+    """The last audit of this installation's terms, from its file: the same for each partition, absent without one."""
+
+    def __init__(self, policy: Policy, members: Sequence[Member]) -> None:
+        self._policy = policy
+        self._members = members
+
+    def collect(self) -> Iterator[Metric]:
+        values: dict[str, float] = {}
+        try:
+            found = audit.read(self._policy.client.audit)
+        except audit.AuditUnreadable:
+            values["ok"] = 0
+        else:
+            if found is not None:
+                mine = found.privacy == self._policy.privacy  # an audit of other terms vouches for none of these
+                values["ok"] = int(found.ok and mine)
+                values["timestamp_seconds"] = found.time.timestamp()
+                if mine:
+                    values["epsilon_lower_bound"] = found.epsilon_lower_bound
+        for name, text in (
+            ("ok", "1 if an audit of these terms found nothing against the client's claim, else 0."),
+            ("timestamp_seconds", "When the audit was made."),
+            ("epsilon_lower_bound", "Epsilon that an attack on this client has measured, at 95% confidence."),
+        ):
+            family = GaugeMetricFamily(f"fl_privacy_audit_{name}", text, labels=LABELS)
+            for member in self._members:
+                if name in values:
+                    family.add_metric((member.partition.name, self._policy.task), values[name])
+            yield family
+
+
 class ClientCollector(Collector):
     """The `fl_client_*` metrics: what the process does right now."""
 
@@ -131,6 +164,7 @@ def application(policy: Policy, members: Sequence[Member], workers: Workers):  #
     """The WSGI application: `/metrics`; `/healthz`, 200 when every partition is connected with a sound ledger."""
     registry = CollectorRegistry()
     registry.register(PrivacyCollector(policy, members))
+    registry.register(AuditCollector(policy, members))
     registry.register(ClientCollector(policy, members, workers))
     metrics = make_wsgi_app(registry)
 

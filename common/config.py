@@ -121,6 +121,7 @@ class ClientSettings(_Section):
     keys: FilePath = Path("state/pki/clients")  # <keys>/<partition>/key
     state: FilePath = Path("state/clients")  # <state>/<partition>/ledger.jsonl
     anchors: FilePath | None = None  # a second place, best another volume, for each ledger's head
+    audit: FilePath = Path("state/audit/audit.json")  # the result of `python -m audit`, exported if it is there
 
 
 class Partition(_Section):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from server.charts import Chart, Point, Series
+from common.charts import Chart, Point, Series
 
 MOST_LINES = 12  # more lines than these cannot be told apart
 

@@ -1,5 +1,7 @@
 """The fixed parts of a run's report: the privacy statement and the style sheet."""
 
+from common import charts
+
 PRIVACY = """\
 <dl class="promise">
 <dt>Unit</dt>
@@ -28,13 +30,7 @@ what the guarantee is about; nothing more is hidden from the server.</li>
 </ul></dd>
 </dl>"""
 
-STYLE = """
-:root { --paper: #fcfcfa; --ink: #1d2329; --soft: #5c6670; --rule: #dfe3e6; --bar: #3b6fb5; --limit: #b3261e;
-  --light: 40%; font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5af; --rule: #2e353c; --bar: #7fb0ee;
-    --limit: #ff8a80; --light: 70%; }
-}
+STYLE = charts.COLOURS + charts.STYLE + """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
@@ -60,19 +56,6 @@ tbody th { font-weight: 400; overflow-wrap: anywhere; }
 .bar { display: inline-block; width: 5rem; height: .45rem; margin-left: .6rem; border-radius: .3rem;
   background: var(--rule); overflow: hidden; print-color-adjust: exact; }
 .bar i { display: block; height: 100%; background: var(--bar); print-color-adjust: exact; }
-svg { display: block; width: 100%; min-width: 36rem; height: auto; font-size: 12px; }
-svg text { fill: var(--soft); }
-svg .grid { stroke: var(--rule); }
-svg .axis { stroke: var(--soft); }
-svg .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 6 4; }
-svg .limit-name { fill: var(--limit); }
-svg .leader { fill: none; stroke: var(--soft); stroke-width: .75; }
-svg .band { fill: var(--bar); opacity: .18; }
-svg .line polyline { fill: none; stroke: hsl(var(--hue) 60% var(--light)); stroke-width: 2;
-  stroke-linejoin: round; }
-svg .line circle, svg .line-name { fill: hsl(var(--hue) 60% var(--light)); }
-svg .edge polyline { fill: none; stroke: var(--bar); opacity: .7; }
-svg .edge circle { display: none; }
 @media (max-width: 40rem) {
   .promise { grid-template-columns: 1fr; gap: .1rem; }
   .promise dd { margin-bottom: .8rem; }

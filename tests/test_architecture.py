@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("server", "client", "common", "local")
-ARROWS = {"server": {"common"}, "client": {"common"}, "common": set(), "local": {"common", "server", "client"}}
+PACKAGES = ("server", "client", "common", "local", "audit")
+ARROWS = {
+    "server": {"common"},
+    "client": {"common"},
+    "common": set(),
+    "local": {"common", "server", "client"},
+    "audit": {"common", "client"},
+}
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
 KNOWS_FLOWER = {"client/fleet.py"}
 HEAVY = ("torch", "opacus", "torchvision", "flwr_datasets", "sklearn")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from common import charts
 from common.messages import Reason
-from server import charts, report
+from server import report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 SVG = "{http://www.w3.org/2000/svg}"

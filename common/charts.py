@@ -1,6 +1,6 @@
-"""Line charts as SVG text: no script, no dependency, and colours that come from the page's style sheet.
+"""Line charts as SVG text: no script, no dependency, and colours that come from a style sheet.
 
-What a chart says is also in a table of the page, so its lines carry names where they end and need no legend.
+What a chart says is also in a table beside it, so its lines carry names where they end and need no legend.
 """
 
 import math
@@ -13,6 +13,31 @@ WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 60, 170, 16, 46  # margins; names of lines stand in the right one
 _LINE_HEIGHT = 14.0
 _MOST_MARKERS = 30  # beyond that the markers of a line would touch
+
+COLOURS = """
+:root { --paper: #fcfcfa; --ink: #1d2329; --soft: #5c6670; --rule: #dfe3e6; --bar: #3b6fb5; --limit: #b3261e;
+  --light: 40%; font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5af; --rule: #2e353c; --bar: #7fb0ee;
+    --limit: #ff8a80; --light: 70%; }
+}
+"""
+
+STYLE = """\
+svg { display: block; width: 100%; min-width: 36rem; height: auto; font-size: 12px; }
+svg text { fill: var(--soft); }
+svg .grid { stroke: var(--rule); }
+svg .axis { stroke: var(--soft); }
+svg .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 6 4; }
+svg .limit-name { fill: var(--limit); }
+svg .leader { fill: none; stroke: var(--soft); stroke-width: .75; }
+svg .band { fill: var(--bar); opacity: .18; }
+svg .line polyline { fill: none; stroke: hsl(var(--hue) 60% var(--light)); stroke-width: 2;
+  stroke-linejoin: round; }
+svg .line circle, svg .line-name { fill: hsl(var(--hue) 60% var(--light)); }
+svg .edge polyline { fill: none; stroke: var(--bar); opacity: .7; }
+svg .edge circle { display: none; }
+"""
 
 Point = tuple[float, float]
 
@@ -29,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """Lines over rounds, an optional area between two of them, and horizontal limits by name."""
+    """Lines over rounds or another `x_label`, an optional area between two of them, and horizontal limits by name."""
 
     name: str  # of the chart on its page: an id
     title: str
@@ -37,11 +62,17 @@ class Chart:
     y_label: str
     y_range: tuple[float, float]
     series: Sequence[Series]
+    x_label: str = "round"
     band: tuple[Sequence[Point], Sequence[Point]] | None = None  # lower and upper edge
     limits: Sequence[tuple[str, float]] = ()
 
+    def document(self) -> str:
+        """The chart as an SVG file of its own, light or dark as its reader wishes."""
+        style = f"<style>{COLOURS}{STYLE}:root {{ background: var(--paper); font-size: 12px; }}</style>"
+        return self.svg().replace("</svg>", f"{style}\n</svg>\n")
+
     def svg(self) -> str:
-        """The chart as one `<svg>` element."""
+        """The chart as one `<svg>` element for a page that has `COLOURS` and `STYLE`."""
         name = escape(self.name)
         return "\n".join(
             [
@@ -80,7 +111,7 @@ class Chart:
         for tick in ticks(min(rounds), max(rounds), most=10, whole=True):
             lines.append(_text("tick", self._x(tick), bottom + 18, f"{tick:g}"))
         lines.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-        lines.append(_text("axis-name", (LEFT + right) / 2, HEIGHT - 6, "round"))
+        lines.append(_text("axis-name", (LEFT + right) / 2, HEIGHT - 6, self.x_label))
         lines.append(f'<g transform="translate(15 {middle}) rotate(-90)">')
         return [*lines, _text("axis-name", 0, 0, self.y_label), "</g>"]
 
