@@ -1,6 +1,6 @@
 """`make dashboards`: a real federation, watched by a real Prometheus, as docs/privacy-budget.png and docs/fleet.png.
 
-`--partitions N` draws N made-up partitions instead, into the folder given by `--to`: how does it look when there are many?
+`--partitions N --to FOLDER` draws N made-up partitions instead: how does it look when there are many?
 """
 
 import argparse

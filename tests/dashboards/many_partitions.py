@@ -1,4 +1,4 @@
-"""Hundreds of partitions under a real Prometheus, to see that rules and dashboards cope: figures made up, names real."""
+"""Hundreds of partitions, to see that rules and dashboards cope: made-up figures, real names."""
 
 import math
 import time

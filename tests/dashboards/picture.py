@@ -60,7 +60,8 @@ def draw(dashboard: Path, window: Window, source: Prometheus, picture: Path, fol
         capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "Error" in line]
-    assert picture.exists() and not errors, "\n".join(errors) or done.stderr
+    assert errors == []
+    assert picture.exists(), done.stderr
 
 
 def _script(value: Any) -> str:

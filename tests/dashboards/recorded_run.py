@@ -1,7 +1,6 @@
 """A federation worth looking at, scraped by a real Prometheus: several rounds, two runs, a spent budget, refusals."""
 
 import copy
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,9 +43,10 @@ def recorded_run(folder: Path) -> Iterator[Recorded]:
             "fedeps-client": [f"127.0.0.1:{port}" for port in ports],
         }
         with prometheus(folder / "prometheus", targets) as source:
+            _audit(run, ports[0])
             started = time.time()
-            for port, (name, (which, special)) in zip(ports, OWNERS.items(), strict=True):
-                _start_client(run, name, port, which, special)
+            for port, (name, owner) in zip(ports, OWNERS.items(), strict=True):
+                run.start(name, "-m", "client", "--policy", _policy(run, name, owner, port))
             for port in ports:
                 wait_for(lambda port=port: _answers(port), "the client's metrics", 180)
             server = run.start_server()
@@ -59,15 +59,21 @@ def recorded_run(folder: Path) -> Iterator[Recorded]:
             yield Recorded(run=run, ports=ports, source=source, window=Window(start=started, end=time.time()))
 
 
-def _start_client(
-    run: Federation, name: str, port: int, which: slice, special: dict[str, Any]
-) -> subprocess.Popen[bytes]:
+def _audit(run: Federation, port: int) -> None:
+    """The first owner has audited its client, the others have not."""
+    path = _policy(run, *next(iter(OWNERS.items())), port)
+    assert run.start("audit", "-m", "audit", "--short", "--policy", path).wait(timeout=300) == 0, run.log("audit")
+
+
+def _policy(run: Federation, name: str, owner: tuple[slice, dict[str, Any]], port: int) -> str:
+    which, special = owner
     policy = copy.deepcopy(run.policy_content)
     policy["privacy"] |= special
     policy["client"]["metrics_address"] = f"127.0.0.1:{port}"
+    policy["client"]["audit"] = f"state/audit/{name}.json"
     policy["partitions"] = policy["partitions"][which]
     (run.folder / f"{name}.yaml").write_text(yaml.safe_dump(policy))
-    return run.start(name, "-m", "client", "--policy", f"{name}.yaml")
+    return f"{name}.yaml"
 
 
 def _answers(port: int) -> bool:
