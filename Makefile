@@ -26,7 +26,7 @@ COMPILE = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --ge
 	bench dashboards up down images pin sbom render lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Parameters of make run, each as NAME=VALUE: $(PARAMETERS)'
 	@echo 'Parameters of make plan: $(PLANNED)'
 
@@ -106,6 +106,7 @@ lock: setup ## Pin requirements/*.in again; UPGRADE=1 takes newer releases
 	$(COMPILE) requirements/server.in --constraint requirements/dev.txt --output-file requirements/server.txt
 	$(COMPILE) requirements/sbom.in --output-file requirements/sbom.txt
 	$(COMPILE) requirements/checks.in --output-file requirements/checks.txt
+	$(COMPILE) requirements/k8s-checks.in --output-file requirements/k8s-checks.txt
 
 clean: ## Remove .venv and caches; state/, runs/ and data/ stay
 	rm -rf $(VENV) $(CHECKS) build htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
