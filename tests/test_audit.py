@@ -345,6 +345,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_result_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     done = command(tmp_path, "--short", "--policy", str(ROOT / "config/policy.yaml"))
