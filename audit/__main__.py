@@ -20,10 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    from audit import report, view  # torch: not before the policy is known to be one
+    import torch  # not before the policy is known to be one
+
+    from audit import report, view
     from audit.trial import AuditError
     from common import audit, files
 
+    torch.set_num_threads(1)  # its matrices are small: a second thread waits more than it works
     path = policy.client.audit
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # known before a minute of work, not after it

@@ -332,11 +332,12 @@ def command(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-m", "audit", *arguments],
         cwd=directory, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(directory)},
-        text=True, capture_output=True, timeout=280, check=False,
+        text=True, capture_output=True, timeout=850, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_command_writes_a_result_and_a_chart(tmp_path: Path) -> None:
     done = command(tmp_path, "--short", "--policy", str(ROOT / "config/policy.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -354,6 +355,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_result_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     done = command(tmp_path, "--short", "--policy", str(ROOT / "config/policy.yaml"))
