@@ -19,8 +19,9 @@ def lenient(raw: bytes, source: Path) -> list[chain.Entry]:
     for line in raw.splitlines():
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             content = json.loads(line)
-            del content["hash"], content["sequence"], content["prev"], content["time"]
-            entries.append(chain.Entry.after(entries[-1] if entries else None, content.pop("kind"), content))
+            known = {name: content.pop(name) for name in ("time", "kind", "prev", "hash")}
+            content.pop("sequence")
+            entries.append(chain.Entry(sequence=len(entries) + 1, body=content, **known))
     if not entries:
         raise chain.ChainError(f"{source}: empty")
     return entries

@@ -18,7 +18,7 @@ from tests.federation import ROOT
 from tests.ledgers import TERMS, opened, release, terms
 
 THREADS, PROCESSES = 16, 6
-STEPS = 100  # of one charge in the race of processes: only some fit
+STEPS = 30  # of one charge in the race of processes: only some fit
 
 
 def settled(path: Path, granted: int) -> None:

@@ -39,7 +39,8 @@ TMPFS = f"mount -t tmpfs tmpfs {VOLUME} && cp -a before/. {VOLUME}/"
 def can(mount: str) -> bool:
     """Whether this machine lets us mount so."""
     script = {
-        EXT4: "d=$(mktemp -d) && truncate -s 8M $d/i && mkfs.ext4 -q $d/i && mount -o loop $d/i $d",
+        EXT4: "d=$(mktemp -d) && truncate -s 8M $d/i && mkfs.ext4 -q $d/i && mount -o loop $d/i /mnt"
+        " && umount /mnt && rm -r $d",
         TMPFS: "mount -t tmpfs tmpfs /mnt",
     }[mount]
     return (

@@ -88,7 +88,7 @@ def retrains() -> None:
 def clocked() -> None:
     """Its clock is as many seconds off as the file `clock` says, at this moment."""
     import flwr.supercore.date
-    import grpc
+    import grpc._channel
 
     from client import fleet
     from client.ledger import chain
