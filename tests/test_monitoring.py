@@ -19,7 +19,7 @@ from client import ledger
 from client.accounting import Release
 from client.exporter import AuditCollector, ClientCollector, PrivacyCollector
 from common import audit, pki
-from common.config import Policy, ServerSettings, parse
+from common.config import Policy, Privacy, ServerSettings, parse
 from common.messages import Reason
 from server.exporter import ServerCollector
 from server.history import History, write_status
@@ -34,6 +34,14 @@ UNIT_TESTS = sorted((MONITORING / "prometheus/tests").glob("*.yml"))
 PROMETHEUS_OWN = {"up", "ALERTS"}
 NAME = re.compile(r"\b(?:fl_\w+|partition:[\w:]+|up|ALERTS)\b")
 COUNTER_ONLY = re.compile(r"\b(?:rate|irate|increase|resets)\s*\(\s*(\S+?)[\s{\[]")
+
+CONTENT: dict[str, Any] = {  # of a policy
+    "privacy": {
+        "epsilon": 8.0, "delta": 1e-5, "noise_multiplier": 1.5, "max_grad_norm": 0.5,
+        "batch_size": 64, "records": 718, "max_steps_per_round": 12,
+    },
+    "partitions": [{"name": "a"}],
+}  # fmt: skip
 
 
 def promtool(*arguments: str | Path) -> str:
@@ -84,14 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def client_collectors(folder: Path) -> list[Any]:
-    content = {
-        "privacy": {
-            "epsilon": 8.0, "delta": 1e-5, "noise_multiplier": 1.5, "max_grad_norm": 0.5,
-            "batch_size": 64, "records": 718, "max_steps_per_round": 12,
-        },
-        "client": {"state": str(folder / "clients"), "audit": str(folder / "audit.json")},
-        "partitions": [{"name": "a"}],
-    }  # fmt: skip
+    content = {**CONTENT, "client": {"state": str(folder / "clients"), "audit": str(folder / "audit.json")}}
     policy = parse(Policy, content, source="test")
     ledger.create(policy.ledger_path("a"), partition="a", privacy=policy.privacy)
     privacy = policy.privacy
@@ -217,6 +218,28 @@ def test_counters_functions_are_used_on_counters_only(exported: dict[str, str]) 
     assert seen
 
 
+def test_the_terms_are_exported_and_any_change_of_them_shows() -> None:
+    """PrivacyPolicyChanged counts the digests."""
+
+    def terms(**changes: Any) -> dict[str, str]:
+        privacy = {**CONTENT["privacy"], **changes}
+        policy = parse(Policy, {**CONTENT, "privacy": privacy}, source="test")
+        member: Any = SimpleNamespace(partition=policy.partitions[0], refusals={})
+        families = {family.name: family for family in PrivacyCollector(policy, [member]).collect()}
+        return families["fl_privacy_policy"].samples[0].labels
+
+    before = terms()
+    assert before.items() >= {"partition": "a", "task": "digits", "epsilon": "8.0", "noise_multiplier": "1.5"}.items()
+    assert terms() == before
+    changes: dict[str, Any] = {
+        "epsilon": 9.0, "delta": 1e-6, "noise_multiplier": 1.4, "max_grad_norm": 0.6, "batch_size": 65,
+        "records": 719, "max_steps_per_round": 13, "accounting": "adaptive",
+    }  # fmt: skip
+    assert set(changes) == set(Privacy.model_fields)
+    digests = {terms(**{name: value})["sha256"] for name, value in changes.items()}
+    assert len(digests | {before["sha256"]}) == len(changes) + 1
+
+
 # Dashboards
 
 
@@ -234,8 +257,11 @@ def test_dashboards_have_one_data_source_and_choose_among_tasks_and_partitions(p
     assert list(variables) == ["datasource", "task", "partition"]
     assert variables["datasource"]["type"] == "datasource"
     assert all(variables[name]["multi"] and variables[name]["includeAll"] for name in ("task", "partition"))
-    sources = set(re.findall(r'"datasource": (\{[^}]*\}|"[^"]*")', json.dumps(dashboard)))
-    assert sources == {'{"type": "prometheus", "uid": "${datasource}"}'}
+    shown = [panel for panel in panels(dashboard) if panel["type"] != "text"]
+    named = [*variables.values(), *shown, *(target for panel in shown for target in panel["targets"])]
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    assert all(each["datasource"] == source for each in named if each is not variables["datasource"])
+    assert json.dumps(dashboard).count('"datasource": ') == len(named) - 1
     ids = [panel["id"] for panel in panels(dashboard)]
     assert len(set(ids)) == len(ids)
     squares = [
@@ -294,10 +320,9 @@ def test_every_panel_has_data_of_a_real_run(recorded: Recorded) -> None:
 def test_prometheus_has_the_ledgers_figures(recorded: Recorded) -> None:
     source = recorded.source
     for name in recorded.run.partitions:
-        spent = recorded.run.account(name).epsilon_spent
         seen = source.value(f'max_over_time(partition:fl_privacy_epsilon_spent:max{{partition="{name}"}}[1h])')
         assert seen is not None
-        assert seen <= spent  # a round may have been charged since
+        assert seen <= recorded.run.account(name).epsilon_spent  # a round may have been charged since
         assert source.value(f'resets(partition:fl_privacy_epsilon_spent:max{{partition="{name}"}}[1h])') == 0
     small = recorded.run.partitions[3]
     spent = recorded.run.account(small).epsilon_spent
