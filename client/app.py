@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor, nn
 
+from client import gpu
 from client.accounting import Release
 from client.fingerprint import fingerprint, owner_key
-from client.gradients import Unsupported, choose, require
+from client.gradients import MODES, Loss, Unsupported, choose, require
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
@@ -50,7 +51,8 @@ class Bench:
 
     policy: Policy
     round: int = 0  # of the last proposal
-    gradient_mode: GradientMode | None = None  # the policy's, or what was found to be the fastest
+    gradient_mode: GradientMode | None = None  # once it is known
+    _plan: tuple[GradientMode, int] | None = None
     run: str = ""  # of the last proposal, once it is accepted
     _task: Task | None = None
     fingerprint: str = ""  # of the data of the last partition
@@ -71,28 +73,29 @@ class Bench:
             self._task = task
         return self._task
 
-    def mode(self, device: torch.device) -> GradientMode:
-        """How to compute clipped sums: as the policy says, or, tried once on public records, the fastest way."""
-        if self.gradient_mode is None:
-            task, wanted = self.task(), self.policy.training.gradient_mode
-            records = min(self.policy.privacy.batch_size, self.policy.training.physical_batch_size, MOST_TRIED)
+    def plan(self, device: torch.device) -> tuple[GradientMode, int]:
+        """How to compute clipped sums, and of how many records at once. Found with public records, before a charge.
+
+        The mode is the policy's or, tried once, the fastest. The number is the policy's, less where a GPU is short.
+        """
+        if self._plan is None:
+            training, task = self.policy.training, self.task()
+            model, bound = task.model().to(device).train(), float(self.policy.privacy.max_grad_norm)
             public = task.test_data()
-            model = task.model().to(device).train()
-            terms = (
-                task.loss, public.inputs[:records].to(device), public.targets[:records].to(device),
-                float(self.policy.privacy.max_grad_norm),
-            )  # fmt: skip
-            if wanted == "auto":
-                choice = choose(model, *terms)
-                self.gradient_mode = choice.mode
-                log.info("gradient_mode: %s (%s)", choice.mode, choice.why)
-            else:
+            tried = min(self.policy.privacy.batch_size, training.physical_batch_size, MOST_TRIED)
+            inputs, targets = (part[:tried].to(device) for part in (public.inputs, public.targets))
+            if self.gradient_mode is None:
+                self.gradient_mode = _choose(training.gradient_mode, model, task.loss, inputs, targets, bound)
+            size = training.physical_batch_size
+            if gpu.is_shared(device):
+                sums = MODES[self.gradient_mode](model, task.loss, bound)
                 try:
-                    require(wanted, model, *terms)
-                except Unsupported as error:
-                    raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (use auto)") from None
-                self.gradient_mode = wanted
-        return self.gradient_mode
+                    records = self.policy.privacy.records
+                    size = gpu.rehearse(sums, inputs, targets, most=size, records=records)
+                finally:
+                    sums.close()
+            self._plan = self.gradient_mode, size
+        return self._plan
 
     def data(self, partition: Partition, device: torch.device) -> Data:
         """The partition's records on `device`. Called only after the charge."""
@@ -140,9 +143,13 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
     bench.round = proposal.round
     release = accept(proposal, policy)
     bench.run = proposal.run
-    device = pick_device(policy.training.device)
-    model = _load(bench.task().model, arrays).to(device)
-    mode = bench.mode(device)
+    try:
+        device = pick_device(policy.training.device)
+        gpu.keep_to_share(device, policy.training)
+        model = _load(bench.task().model, arrays).to(device)
+        mode, physical = bench.plan(device)
+    except torch.OutOfMemoryError:
+        raise Refused(Reason.MEMORY, "the GPU has no room for the model (fewer max_workers, or wait)") from None
     budget.reserve(message_id, release, Head(sequence=proposal.anchor_sequence, hash=proposal.anchor_head))
 
     # Dropout and the like draw from torch: a fork must not repeat its parent's draws.
@@ -156,7 +163,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
         step=Step(
             max_grad_norm=float(policy.privacy.max_grad_norm),
             batch_size=policy.privacy.batch_size,
-            physical_batch_size=policy.training.physical_batch_size,
+            physical_batch_size=physical,
             learning_rate=proposal.learning_rate,
             gradient_mode=mode,
         ),
@@ -176,6 +183,18 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def _choose(wanted: str, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, bound: float) -> GradientMode:
+    if wanted == "auto":
+        choice = choose(model, loss, inputs, targets, bound)
+        log.info("gradient_mode: %s (%s)", choice.mode, choice.why)
+        return choice.mode
+    try:
+        require(wanted, model, loss, inputs, targets, bound)  # type: ignore[arg-type]
+    except Unsupported as error:
+        raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (use auto)") from None
+    return wanted  # type: ignore[return-value]
 
 
 def _parse(content: RecordDict) -> tuple[Proposal, ArrayRecord]:

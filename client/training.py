@@ -5,17 +5,21 @@ Abadi et al. 2016, arXiv:1607.00133, Algorithm 1: each step draws every record i
 deviation `noise_multiplier * max_grad_norm`, and divides by the *expected* batch size, a constant of the policy.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
+from client import gpu
 from client.accounting import Release
-from client.gradients import MODES, Loss, trainable
+from client.gradients import MODES, ClippedSums, Loss, trainable
 from client.noise import SecureGenerator
 from common.config import GradientMode
 from common.tasks import Data
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +78,39 @@ def train(
     records is noised and counts like any other.
     """
     model.train()
+    most = step.physical_batch_size
     sums = MODES[step.gradient_mode](model, loss, step.max_grad_norm)
     optimizer = SecureDPOptimizer(torch.optim.SGD(trainable(model), lr=step.learning_rate), generator, release, step)
     try:
         for _ in range(release.steps):
             drawn = generator.poisson_mask(len(data.inputs), release.sample_rate).nonzero().squeeze(1)
             optimizer.zero_grad(set_to_none=True)
-            for chunk in drawn.to(data.inputs.device).split(step.physical_batch_size):  # one, empty, of no records
-                optimizer.add(sums(data.inputs[chunk], data.targets[chunk]))
+            most = _add_batch(optimizer, sums, data, drawn.to(data.inputs.device), most)
             optimizer.step()
     finally:
         sums.close()
+
+
+def _add_batch(optimizer: SecureDPOptimizer, sums: ClippedSums, data: Data, drawn: Tensor, most: int) -> int:
+    """Adds the records `drawn` in parts of `most`, halved where memory runs out; returns what fitted.
+
+    The parts change nothing about the step: the batch is the one that was drawn, and each part is added once, whole.
+    """
+    left = drawn
+    while True:
+        part = left[:most]  # of no records, once, if none was drawn
+        try:
+            found = sums(data.inputs[part], data.targets[part])
+        except torch.OutOfMemoryError:
+            if len(part) <= 1:
+                raise
+            found = None
+        if found is None:  # here the failed pass is gone, and its memory can be given back
+            most = len(part) // 2
+            gpu.give_back(data.inputs.device)
+            log.warning("memory ran out: goes on with %d records in a pass", most)
+            continue
+        optimizer.add(found)
+        left = left[len(part) :]
+        if not len(left):
+            return most

@@ -110,6 +110,8 @@ class Training(_Section):
     weight: Positive = 1.0  # of this owner's updates in the average: a public constant, not a record count
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_workers: Count = 2  # partitions that train at the same time
+    # Of the GPU's memory, for one worker; 1 / max_workers without it. Less where several clients share a GPU.
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     gradient_mode: Literal["auto", GradientMode] = "auto"  # auto: the faster one here, found by trying
     idle_seconds: Positive = 30.0  # a worker without a job ends then, which returns its GPU memory
 

@@ -80,13 +80,13 @@ class Product:
         found = []
         if self._weight is not None:
             if self._whole is not None:
-                found.append(_weighted(scale, self._whole).view_as(self._weight))
+                found.append(_weighted(scale, self._whole).reshape(self._weight.shape))
             else:
                 scaled = _scaled(self._gradients, scale)
                 inputs = _scaled(self._inputs, scale != 0) if not scale.all() else self._inputs
                 found.append(torch.einsum("bgpt,bgdt->gpd", scaled, inputs).reshape(self._weight.shape))
         if self._bias is not None:
-            found.append(_weighted(scale, self._summed).view_as(self._bias))
+            found.append(_weighted(scale, self._summed).reshape(self._bias.shape))
         return found
 
 
