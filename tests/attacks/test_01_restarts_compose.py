@@ -13,7 +13,8 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 from client.ledger import create
-from tests.federation import Federation, descendants, federation
+from tests.federation import Federation, descendants, federation, wait_for
+from tests.test_workers import lives
 
 LIVES = 10
 
@@ -33,7 +34,7 @@ class Restarted:
         client.terminate()
         assert client.wait(timeout=60) == 0, self.run.log("client")
         assert len(everyone) >= 2
-        assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()]
+        wait_for(lambda: not any(lives(pid) for pid in everyone), "the end of the client's children")
         assert all(process.poll() is not None for process in self.run.processes[before:])
         self.lives += 1
 

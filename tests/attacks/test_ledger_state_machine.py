@@ -56,6 +56,7 @@ quick = settings(
     stateful_step_count=STEPS_PER_LIFE,
     deadline=None,
     database=None,
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 
