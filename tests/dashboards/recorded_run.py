@@ -12,7 +12,7 @@ import yaml
 
 from tests.dashboards.panels import Window
 from tests.dashboards.prometheus import Prometheus, prometheus
-from tests.federation import Federation, federation, free_ports, metrics, wait_for
+from tests.federation import Federation, federation, free_ports, wait_for
 
 CLIENTS = 5
 OWNERS: dict[str, tuple[slice, dict[str, Any]]] = {  # client processes: their partitions, and what is special in them
@@ -35,21 +35,20 @@ class Recorded:
 @contextmanager
 def recorded_run(folder: Path) -> Iterator[Recorded]:
     """A run that is completed, and a second one on the same ledgers that is under way."""
-    ports = free_ports(len(OWNERS))
     terms = {"noise_multiplier": 8.0, "epsilon": 4.0}
-    with federation(folder, clients=CLIENTS, privacy=terms, rounds=40, fit_clients=4) as run:
+    _audit(folder / "audit", terms)  # a minute's work: before ports are chosen, which others could take meanwhile
+    ports = free_ports(len(OWNERS))
+    with federation(folder / "run", clients=CLIENTS, privacy=terms, rounds=40, fit_clients=4) as run:
         targets = {
             "fedeps-server": [f"127.0.0.1:{run.server_metrics}"],
             "fedeps-client": [f"127.0.0.1:{port}" for port in ports],
         }
+        server = run.start_server()
         with prometheus(folder / "prometheus", targets) as source:
-            _audit(run, ports[0])
             started = time.time()
             for port, (name, owner) in zip(ports, OWNERS.items(), strict=True):
-                run.start(name, "-m", "client", "--policy", _policy(run, name, owner, port))
-            for port in ports:
-                wait_for(lambda port=port: _answers(port), "the client's metrics", 180)
-            server = run.start_server()
+                policy = _policy(run, name, owner, audit=folder / "audit" / f"{name}.json", port=port)
+                run.start(name, "-m", "client", "--policy", policy)
             assert server.wait(timeout=600) == 0, run.log("server")
             run.federation_content["rounds"] = 1000  # more than the budgets cover
             run.configure()
@@ -59,25 +58,19 @@ def recorded_run(folder: Path) -> Iterator[Recorded]:
             yield Recorded(run=run, ports=ports, source=source, window=Window(start=started, end=time.time()))
 
 
-def _audit(run: Federation, port: int) -> None:
+def _audit(folder: Path, terms: dict[str, Any]) -> None:
     """The first owner has audited its client, the others have not."""
-    path = _policy(run, *next(iter(OWNERS.items())), port)
-    assert run.start("audit", "-m", "audit", "--short", "--policy", path).wait(timeout=300) == 0, run.log("audit")
+    name, owner = next(iter(OWNERS.items()))
+    with federation(folder / "run", clients=CLIENTS, privacy=terms) as run:
+        policy = _policy(run, name, owner, audit=folder / f"{name}.json", port=free_ports(1)[0])
+        assert run.start("audit", "-m", "audit", "--short", "--policy", policy).wait(timeout=400) == 0, run.log("audit")
 
 
-def _policy(run: Federation, name: str, owner: tuple[slice, dict[str, Any]], port: int) -> str:
+def _policy(run: Federation, name: str, owner: tuple[slice, dict[str, Any]], *, audit: Path, port: int) -> str:
     which, special = owner
     policy = copy.deepcopy(run.policy_content)
     policy["privacy"] |= special
-    policy["client"]["metrics_address"] = f"127.0.0.1:{port}"
-    policy["client"]["audit"] = f"state/audit/{name}.json"
+    policy["client"] |= {"metrics_address": f"127.0.0.1:{port}", "audit": str(audit)}
     policy["partitions"] = policy["partitions"][which]
     (run.folder / f"{name}.yaml").write_text(yaml.safe_dump(policy))
     return f"{name}.yaml"
-
-
-def _answers(port: int) -> bool:
-    try:
-        return bool(metrics(port))
-    except OSError:
-        return False
