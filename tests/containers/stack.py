@@ -99,7 +99,8 @@ class Stack:
 
     def runs(self) -> list[str]:
         """The oldest first."""
-        return sorted(path.parent.name for path in self.volume("runs").glob("*/rounds.jsonl"))
+        folders = (path.parent for path in self.volume("runs").glob("*/rounds.jsonl"))
+        return sorted(folder.name for folder in folders if not folder.is_symlink())  # one is called latest
 
     def rounds(self, run: str = "latest") -> list[dict[str, Any]]:
         """What `rounds.jsonl` says about each completed round."""
