@@ -93,7 +93,7 @@ pin: ## Give each image in .env the digest that its tag has in its registry now
 
 sbom: images ## Copy the images' bills of materials to build/
 	mkdir -p build
-	for image in server client; do $(COMPOSE) run --rm --no-deps --entrypoint cat $$image /opt/fedeps/sbom.cdx.json \
+	for image in server client; do $(COMPOSE) run --rm -T --no-deps --entrypoint cat $$image /opt/fedeps/sbom.cdx.json \
 		> build/$$image.cdx.json || exit; done
 
 dashboards: setup ## Draw docs/*.png from a real run (needs prometheus, chromium, npm)

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from client import app, gpu, training
-from client.gradients import Hooks
+from client.gradients.hooks import Hooks
 from client.noise import SecureGenerator
 from client.policy import Refused
 from client.training import train

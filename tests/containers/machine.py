@@ -56,6 +56,7 @@ def daemon() -> Iterator[dict[str, str]]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
         try:
             environment = _environment()

@@ -5,15 +5,17 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from client import ledger
 from common import certificates
 from tests.containers import machine
-from tests.federation import ROOT
+from tests.federation import ROOT, wait_for
 
 PROJECT = "fedeps-test"
 ADDRESS = "127.0.0.2"  # a loopback address that a federation on the same machine does not use
@@ -51,6 +53,7 @@ class Stack:
     def __init__(self, folder: Path, docker: dict[str, str], **settings: str) -> None:
         self.folder = folder
         self._environment = {**docker, **_SETTINGS, **settings}
+        self._volumes: dict[str, Path] = {}
 
     def compose(self, *arguments: str) -> str:
         """Its output; raises with its words if it fails."""
@@ -85,8 +88,11 @@ class Stack:
         return ended.returncode, ended.stdout
 
     def volume(self, name: str) -> Path:
-        """Where its files lie on this machine."""
-        return Path(self.docker("volume", "inspect", "--format", "{{.Mountpoint}}", f"{PROJECT}_{name}").strip())
+        """Where its files lie on this machine: the same place whenever it is made again."""
+        if name not in self._volumes:
+            shown = self.docker("volume", "inspect", "--format", "{{.Mountpoint}}", f"{PROJECT}_{name}")
+            self._volumes[name] = Path(shown.strip())
+        return self._volumes[name]
 
     def ledgers(self) -> dict[str, Path]:
         """By partition."""
@@ -99,7 +105,8 @@ class Stack:
 
     def runs(self) -> list[str]:
         """The oldest first."""
-        return sorted(path.parent.name for path in self.volume("runs").glob("*/rounds.jsonl"))
+        folders = (path.parent for path in self.volume("runs").glob("*/rounds.jsonl"))
+        return sorted(folder.name for folder in folders if not folder.is_symlink())  # one is called latest
 
     def rounds(self, run: str = "latest") -> list[dict[str, Any]]:
         """What `rounds.jsonl` says about each completed round."""
@@ -119,6 +126,16 @@ class Stack:
         if ended.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {ended.stdout}{ended.stderr}")
         return ended.stdout
+
+
+def wait_slowly(condition: Callable[[], Any], what: str, seconds: float) -> Any:
+    """`wait_for`, where each look is a process or more."""
+
+    def look() -> Any:
+        time.sleep(0.5)
+        return condition()
+
+    return wait_for(look, what, seconds)
 
 
 def kill(container: dict[str, Any]) -> None:

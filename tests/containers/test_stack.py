@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from client import ledger
-from tests.containers.stack import ADDRESS, Stack, kill
+from tests.containers.stack import ADDRESS, Stack, kill, wait_slowly
 from tests.federation import wait_for
 
 SETUP_SECONDS, ROUND_SECONDS, RUN_SECONDS = 240.0, 300.0, 900.0
@@ -30,7 +30,7 @@ def wait_for_the_end(stack: Stack) -> None:
         (server,) = stack.containers("server")
         return server["State"]["Status"] == "exited" and server["State"]["ExitCode"] == 0
 
-    wait_for(ended, "the run ends", RUN_SECONDS)
+    wait_slowly(ended, "the run ends", RUN_SECONDS)
 
 
 def in_prometheus(stack: Stack) -> dict[str, float]:
@@ -42,7 +42,7 @@ def in_prometheus(stack: Stack) -> dict[str, float]:
 def assert_prometheus_shows_the_ledgers(stack: Stack) -> dict[str, float]:
     """Also that every partition is there. The next scrape may be seconds away."""
     spent = stack.spent()
-    wait_for(lambda: in_prometheus(stack) == pytest.approx(spent, rel=1e-12), f"Prometheus shows {spent}", 120.0)
+    wait_slowly(lambda: in_prometheus(stack) == pytest.approx(spent, rel=1e-12), f"Prometheus shows {spent}", 120.0)
     assert list(spent) == PARTITIONS
     return spent
 
@@ -136,7 +136,7 @@ def test_one_client_too_many_refuses(up: Stack) -> None:
     up.compose("up", "--detach", "--no-build", "--no-recreate", "--no-deps", "--scale", "client=4", "client")
     try:
         line = "partitions: all 3 are held by other clients (start fewer, or add partitions)"
-        surplus = wait_for(
+        surplus = wait_slowly(
             lambda: [c for c in up.containers("client") if line in up.logs(c["Id"])], "a client that refuses", 120.0
         )
         assert len(surplus) == 1
@@ -152,8 +152,8 @@ def test_a_second_client_on_a_ledger_trains_nothing(up: Stack) -> None:
     try:
         for partition in PARTITIONS:
             line = f"{partition}/ledger.jsonl: another client holds it"
-            wait_for(lambda line=line: line in up.logs(name), line, 120.0)
-        code, text = wait_for(lambda: _answer(up, name, "/metrics"), "it answers", 120.0)
+            wait_slowly(lambda line=line: line in up.logs(name), line, 120.0)
+        code, text = wait_slowly(lambda: _answer(up, name, "/metrics"), "it answers", 120.0)
         assert code == 0
         assert re.findall(r"fl_privacy_ledger_ok{.*} (.+)", text) == ["0.0"] * 3
         assert up.ask(name, "127.0.0.1:9464", "/healthz")[0] == 1
@@ -201,7 +201,7 @@ def test_a_forged_ledger_stops_its_partition_and_no_other(up: Stack) -> None:
     assert re.findall(r"fl_privacy_ledger_ok{.*} (.+)", text) == ["0.0"]
     assert "fl_privacy_epsilon_spent{" not in text
     assert up.ask(client["Id"], "127.0.0.1:9464", "/healthz")[0] == 1
-    wait_for(lambda: up.inspect(client["Id"])[0]["State"]["Health"]["Status"] == "unhealthy", "unhealthy", 240.0)
+    wait_slowly(lambda: up.inspect(client["Id"])[0]["State"]["Health"]["Status"] == "unhealthy", "unhealthy", 240.0)
     rows = up.query("min by (partition) (fl_privacy_ledger_ok)")
     assert {row["metric"]["partition"]: row["value"][1] for row in rows} == {name: "0", **dict.fromkeys(others, "1")}
     assert path.read_text() == forged
