@@ -46,7 +46,7 @@ def commands(text: str) -> set[tuple[str, ...]]:
     found = set()
     for code in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", text, flags=re.DOTALL):
         for line in "".join(code).splitlines():
-            for match in re.finditer(r"\bmake ([a-z][a-z-]*)|python -m ([\w.]+)((?: [a-z|]+)*)", line):
+            for match in re.finditer(r"\bmake ([a-z][a-z0-9-]*)|python -m ([\w.]+)((?: [a-z|]+)*)", line):
                 if match[1]:
                     found.add(("make", match[1]))
                 else:
