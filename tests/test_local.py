@@ -319,7 +319,7 @@ def test_a_wrong_value_is_refused_before_there_is_any_state() -> None:
 @pytest.mark.usefixtures("place")
 def test_a_full_disk_is_one_line() -> None:
     Path("state/config").mkdir(parents=True)
-    FEDERATION.symlink_to("/dev/full")
+    FEDERATION.with_name(f".{FEDERATION.name}.new").symlink_to("/dev/full")  # where it is written first
     refused("no space left on the disk of state", "run", code=1)
 
 
