@@ -113,6 +113,8 @@ clean: ## Remove .venv and caches; state/, runs/ and data/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --clear: what is installed is what is pinned, also after a pin was dropped or a setup was cut short.
+# --no-deps: the pins are all there is, and pip does not resolve. Its resolver refuses a pinned name[extra] without a hash
+# once there is a newer release.
 $(STAMP): requirements/dev.txt
 	$(if $(PYTHON),,$(error No Python 3.11 or newer found: install one, or name it with PYTHON=/path/to/python3))
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=%s: expected Python 3.11 \
@@ -121,12 +123,13 @@ $(STAMP): requirements/dev.txt
 	a virtual environment: install the package python%d.%d-venv (Debian, Ubuntu)" % sys.version_info[:2])'
 	@echo 'Installing the pinned requirements into $(VENV): several GB with PyTorch, once.'
 	@$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --no-input --only-binary :all: --require-hashes -r requirements/dev.txt
+	$(PY) -m pip install --disable-pip-version-check --no-input --no-deps --only-binary :all: --require-hashes \
+		-r requirements/dev.txt
 	@touch $@
 
 # Linters with many dependencies, apart from ours.
 $(CHECKS_STAMP): requirements/checks.txt
 	@$(PYTHON) -m venv --clear $(CHECKS)
-	$(CHECKS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --only-binary :all: \
+	$(CHECKS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --only-binary :all: \
 		--require-hashes -r $<
 	@touch $@

@@ -20,7 +20,7 @@ def linter(name: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         uv = [sys.executable, "-m", "uv"]
         subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-        install = ["pip", "install", "--quiet", "--require-hashes", "--requirement", str(REQUIREMENTS)]
+        install = ["pip", "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(REQUIREMENTS)]
         subprocess.run([*uv, *install, "--python", str(folder / "bin/python")], check=True)
         (folder / ".installed").touch()
     return str(folder / "bin" / name)
