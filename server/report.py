@@ -23,7 +23,8 @@ REASONS = {
     "rollback": "the ledger was behind what the server had seen",
     "duplicate": "the message had been charged before",
     "model": "the parameters did not fit the client's model, or the model is not private",
-    "data": "the client's data could not be read",
+    "data": "the client's data could not be read, or have their budget under another name",
+    "memory": "the client's GPU had no room for a step",
 }
 _ENDS = {
     "completed": "All rounds were done.",

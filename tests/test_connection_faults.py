@@ -91,6 +91,7 @@ def health(run: Federation) -> int:
         return error.code
 
 
+@pytest.mark.long
 def test_a_client_waits_for_its_server_and_joins_by_itself(run: Federation) -> None:
     run.start_client()
     refused = [
@@ -265,6 +266,7 @@ sys.exit(__main__.main())
 """
 
 
+@pytest.mark.long
 def test_a_refused_certificate_is_one_line_until_there_is_a_better_one(tmp_path: Path) -> None:
     """Both at the same time, and with them a client that says it each time, since most of it is waiting."""
     with federation(tmp_path / "a") as foreign, federation(tmp_path / "b") as old:
