@@ -91,7 +91,6 @@ def health(run: Federation) -> int:
         return error.code
 
 
-@pytest.mark.long
 def test_a_client_waits_for_its_server_and_joins_by_itself(run: Federation) -> None:
     run.start_client()
     refused = [

@@ -126,7 +126,7 @@ def test_defaults_are_the_files_and_another_batch_is_another_epoch() -> None:
     ("arguments", "line"),
     [
         (["EPSILON=0"], "EPSILON=0: expected a number above 0"),
-        (["EPSILON=1e-9", "DELTA=1e-15", "BATCH_SIZE=718", "NOISE_MULTIPLIER=1"], "EPSILON=1e-09: no noise multiplier up to 1e+06"),
+        (["EPSILON=1e-9", "DELTA=1e-15", "BATCH_SIZE=718"], "EPSILON=1e-09: no noise multiplier up to 1e+06"),
         (["DELTA=0.01"], "DELTA=0.01: expected below 1 / RECORDS = 0.00139 (lower it)"),
         (["DELTA=much"], "DELTA=much: expected a number above 0"),
         (["BATCH_SIZE=64", "RECORDS=10"], "BATCH_SIZE=64: expected at most 10 (RECORDS"),
