@@ -148,7 +148,10 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
         gpu.keep_to_share(device, policy.training)
         model = _load(bench.task().model, arrays).to(device)
         mode, physical = bench.plan(device)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        # A context that cannot be made for want of memory is an error of the other kind, which only its text tells.
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         raise Refused(Reason.MEMORY, "the GPU has no room for the model (fewer max_workers, or wait)") from None
     budget.reserve(message_id, release, Head(sequence=proposal.anchor_sequence, hash=proposal.anchor_head))
 

@@ -28,6 +28,9 @@ class Hooks:
         except BaseException:
             # What an aborted pass left in the layers would be taken for the next one's.
             self.close()
+            for module in self._model.modules():
+                for left in ("activations", "max_batch_len"):
+                    vars(module).pop(left, None)
             self._wrapped = self._wrap()
             raise
         finally:
