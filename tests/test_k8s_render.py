@@ -197,10 +197,52 @@ def test_a_ledger_is_made_by_the_clients_own_pod_where_no_key_has_to_be(template
     pod = made["Job", "ledger-client-001"]["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["state"]["persistentVolumeClaim"]["claimName"] == "client-001"
-    assert volumes["keys"]["secret"] == {"secretName": "client-001", "defaultMode": 0o440, "optional": True}
+    assert volumes["keys"]["secret"]["optional"] is True
     assert "authority" not in volumes
     assert "nvidia.com/gpu" not in str(pod["containers"])
     assert pod["affinity"], "where the client cannot run its volume must not be bound"
+
+
+def test_a_key_lies_where_the_policy_looks_for_it_in_client_and_job(
+    template: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Else a Job would find no key, and make a second ledger for data whose first one was lost."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text("clients: [{name: hospital, partitions: [{name: ward-1}, {name: ward-2}]}]")
+    clients = fleet(str(path), GPU)
+    pki.create(tmp_path / "pki", partitions=clients[0].partitions)
+    secret = next(m for m in keys.manifests(template, clients, tmp_path / "pki") if m["kind"] == "Secret"
+                  and m["metadata"]["name"] == "hospital")  # fmt: skip
+    policy = parse(Policy, yaml.safe_load(clients[0].policy), source="policy")
+    found = [m for m in [*ledgers.manifests(template, clients), *render.manifests(template, clients)]
+             if m["kind"] == "Job" or (m["kind"], m["metadata"]["name"]) == ("Deployment", "hospital")]  # fmt: skip
+    assert {manifest["kind"] for manifest in found} == {"Job", "Deployment"}
+    for manifest in found:
+        pod = manifest["spec"]["template"]["spec"]
+        volume = next(each["secret"] for each in pod["volumes"] if each["name"] == "keys")
+        (place,) = (m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] == "keys")
+        mounted = {Path(place) / item["path"]: item["key"] for item in volume["items"]}
+        assert mounted == {policy.key_path(name): name for name in ("ward-1", "ward-2")}
+        assert volume["secretName"] == secret["metadata"]["name"]
+        assert set(mounted.values()) == set(secret["data"])
+
+
+@pytest.mark.parametrize("trace", ["key", "directory", "file"])
+def test_begin_takes_any_trace_of_a_key_for_a_use(tmp_path: Path, trace: str) -> None:
+    content = yaml.safe_load((LOCAL / "policy.yaml").read_text())
+    content["client"] |= {"keys": str(tmp_path / "keys"), "state": str(tmp_path / "ledgers")}
+    policy = parse(Policy, content, source="policy")
+    place = policy.key_path("client").parent
+    place.parent.mkdir()
+    if trace == "file":
+        place.touch()
+    else:
+        place.mkdir()
+    if trace == "key":
+        policy.key_path("client").touch()
+    with pytest.raises(ledger.LedgerError, match="put the ledger back"):
+        ledger.begin(policy)
+    assert not policy.ledger_path("client").exists()
 
 
 def test_begin_makes_a_ledger_before_the_key_and_never_after(tmp_path: Path) -> None:

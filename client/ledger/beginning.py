@@ -4,6 +4,7 @@ The invariant: a key without a ledger means that the ledger was lost. What it ha
 is made in its place.
 """
 
+import os
 from pathlib import Path
 
 from client.ledger.writer import LedgerError, create
@@ -19,7 +20,7 @@ def begin(policy: Policy) -> list[Path]:
     names = [partition.name for partition in policy.partitions]
     missing = [name for name in names if not policy.ledger_path(name).exists()]
     for name in missing:
-        if policy.key_path(name).exists():
+        if os.path.lexists(policy.key_path(name).parent):  # any trace of a key, whatever its shape
             raise LedgerError(
                 f"{policy.ledger_path(name)}: missing, but partition {name} has a key and may have spent budget:"
                 " put the ledger back; what it spent is not known"

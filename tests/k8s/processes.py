@@ -215,7 +215,9 @@ class ProcessKubelet(Kubelet):
         place.mkdir(parents=True, exist_ok=True)
         source = volume.get("configMap") or volume.get("secret") or {}
         if source.get("items"):
-            data = {item["path"]: data[item["key"]] for item in source["items"]}
+            optional = source.get("optional", False)  # of the Secret and of each key
+            items = [item for item in source["items"] if item["key"] in data or not optional]
+            data = {item["path"]: data[item["key"]] for item in items}
         for name, content in data.items():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(content)
