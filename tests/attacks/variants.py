@@ -68,8 +68,8 @@ def retrains() -> None:
     reserve, serve = Ledger.reserve, Member._serve
     jobs: dict[Any, Any] = {}
 
-    def reserve_anew(self: Any, message: str, release: Any) -> int:
-        return reserve(self, message + os.urandom(8).hex(), release)
+    def reserve_anew(self: Any, message: str, release: Any, **more: Any) -> int:
+        return reserve(self, message + os.urandom(8).hex(), release, **more)
 
     def serve_noted(self: Any, inbound: Any, stop: Any) -> None:
         jobs[self] = inbound
