@@ -7,11 +7,11 @@ ten times that of one.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 
+from client.accounting import ORDERS
 from client.ledger import create
 from tests.federation import Federation, descendants, federation, wait_for
 from tests.test_workers import lives
@@ -56,8 +56,8 @@ def _terms(run: Federation) -> tuple[float, float, float]:
 
 
 def composed(rounds: int, noise_multiplier: float, sample_rate: float, delta: float) -> float:
-    """Epsilon of so many rounds of four steps, by the library alone, over the orders of Opacus."""
-    accountant = RdpAccountant(np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)), dtype=float))
+    """Epsilon of so many rounds of four steps, by the library alone, over the orders of the ledger."""
+    accountant = RdpAccountant(ORDERS)
     accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), 4 * rounds)
     return float(accountant.get_epsilon(delta))
 

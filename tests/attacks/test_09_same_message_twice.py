@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message
 
 from client.fleet import pack
-from common.messages import ARRAYS, REFUSAL, STANDING
+from common.messages import ARRAYS, REFUSAL, STANDING, STATEMENT
 from tests.attacks.owner import Owner, Part
 from tests.attacks.site import question, refusal
 from tests.hostile.fleet import Sent
@@ -34,7 +34,7 @@ def repeats(owner: Owner) -> None:
     assert ARRAYS in first.content
     assert first.content[STANDING]["ledger_sequence"] == before.sequence + 2
     assert refusal(second) == "duplicate", "released twice"
-    assert set(second.content) == {REFUSAL, STANDING}
+    assert set(second.content) == {REFUSAL, STANDING, STATEMENT}
 
     other = Sent.whole(pack(question(steps=1)))  # another content under the name that was charged
     root = sent.message.metadata.message_id
