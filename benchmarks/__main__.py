@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from benchmarks import report
 from benchmarks.processes import OtherPrograms
-from benchmarks.programs import BenchmarkError
+from benchmarks.programs import BenchmarkError, Unavailable
 
-NAMES = ("step", "message", "fleet", "accuracy")
+NAMES = ("step", "gpu", "message", "fleet", "accuracy")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     for each in [name] if name else NAMES:
         try:
             _run(each)
+        except Unavailable as missing:
+            print(f"{each}: {missing}\n")
         except BenchmarkError as error:
             print(f"{each}: {error}", file=sys.stderr)
             return 1

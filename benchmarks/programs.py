@@ -24,6 +24,10 @@ class BenchmarkError(RuntimeError):
     """What was to be measured did not work. One line, and what the programs said last."""
 
 
+class Unavailable(BenchmarkError):
+    """What the benchmark is about is not on this machine. The others go on."""
+
+
 class Programs:
     """A context: left, no process that was started in it is alive, and its directory is gone."""
 
