@@ -31,7 +31,8 @@ _ROOT = Path(__file__).parent.parent.parent
 _PACKAGES = ("fedeps", "dp-accounting", "opacus", "torch", "flwr", "cryptography", "numpy")
 _ACCOUNTANTS: dict[Mode, str] = {
     "adaptive": f"Renyi DP at {len(ORDERS)} fixed orders from {ORDERS[0]:g} to {ORDERS[-1]:g}, by dp-accounting",
-    "fixed": f"privacy loss distribution (PLD), pessimistic at discretization {DISCRETIZATION:g}, by dp-accounting",
+    "fixed": f"privacy loss distribution (PLD), pessimistic at discretization {DISCRETIZATION:g} or finer,"
+    " by dp-accounting",
 }
 _ASSUMPTIONS: dict[Mode, str] = {
     "adaptive": "The terms of a round may depend on earlier rounds: Renyi DP at fixed orders is a valid filter"

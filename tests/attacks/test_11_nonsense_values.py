@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from common.messages import MessageError, Proposal, Reason
 from tests.federation import ROOT
 from tests.hostile.liar import BROKEN, RIGGED, Liar
 from tests.test_config import POLICY, changed
+from tests.test_policy import from_the_wire, proposal
 
 NAN, INF = math.nan, math.inf
 ANYTHING = st.one_of(
@@ -121,22 +121,6 @@ def test_no_charge_of_nonsense_can_be_made(noise: Any, rate: Any, steps: Any) ->
 # From the wire
 
 OWNER = parse(Policy, changed(POLICY, "training.max_learning_rate", 100.0), source="test")
-GOOD: dict[str, Any] = {
-    "task": "digits", "round": 1, "steps": 12, "learning_rate": 16.0, "anchor_sequence": 0, "anchor_head": "",
-}  # fmt: skip
-
-
-def proposal(**changes: Any) -> Proposal:
-    return Proposal(**{**GOOD, **changes})
-
-
-def from_the_wire(**changes: Any) -> Proposal:
-    """What a server's record becomes, through the bytes that travel."""
-    sent = RecordDict({"config": ConfigRecord({**GOOD, **changes})})
-    config = sent["config"]
-    assert isinstance(config, ConfigRecord)
-    inflated = ConfigRecord.inflate(config.deflate())
-    return Proposal.from_record(inflated)
 
 
 def any_proposal(accept: Callable[[Proposal, Policy], Release]) -> None:
