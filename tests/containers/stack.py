@@ -62,6 +62,14 @@ class Stack:
     def docker(self, *arguments: str) -> str:
         return self._run("docker", *arguments)
 
+    def build(self, stage: str) -> None:
+        """A stage that does not ship, from the same layers as the images."""
+        index = f"PIP_INDEX_URL={self._environment.get('PIP_INDEX_URL', '')}"
+        arguments = ("--build-arg", f"BASE_IMAGE={machine.BASE}", "--build-arg", index)
+        self.docker(
+            "build", "--file", "docker/Dockerfile", "--target", stage, "--tag", f"{PROJECT}/{stage}", *arguments, "."
+        )
+
     def up(self) -> None:
         self.compose("up", "--detach", "--no-build", *SERVICES)
 
