@@ -1,4 +1,8 @@
-"""`python -m benchmarks [NAME]`: runs one benchmark or all, prints a table each, and writes results/<name>.json."""
+"""`python -m benchmarks [NAME]`: runs one benchmark or all, prints a table each, and writes results/<name>.json.
+
+`python -m benchmarks tables` measures nothing: it makes the plots and README.md's tables from results/ again, as a run
+does at its end.
+"""
 
 import argparse
 import importlib
@@ -8,27 +12,45 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from benchmarks import report
+from benchmarks import plots, report, tables
 from benchmarks.processes import OtherPrograms
 from benchmarks.programs import BenchmarkError, Unavailable
 
-NAMES = ("step", "gpu", "message", "fleet", "accuracy")
+NAMES = (
+    "step",
+    "gpu",
+    "message",
+    "fleet",
+    "accuracy",
+)
+TABLES = "tables"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", nargs="?", choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)}; all without one")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "name", nargs="?", choices=(*NAMES, TABLES), metavar="NAME", help=f"{', '.join(NAMES)}, {TABLES}; all without"
+    )
     name = parser.parse_args(arguments).name
     signal.signal(signal.SIGTERM, _stop)
+    started, failed = time.monotonic(), []
     for each in [name] if name else NAMES:
+        if each == TABLES:
+            continue
         try:
             _run(each)
         except Unavailable as missing:
             print(f"{each}: {missing}\n")
         except BenchmarkError as error:
             print(f"{each}: {error}", file=sys.stderr)
-            return 1
-    return 0
+            failed.append(each)
+    plots.update(NAMES)
+    tables.update(NAMES)
+    if name is None:
+        print(f"{time.monotonic() - started:.0f} s in all")
+    return 1 if failed else 0
 
 
 def _run(name: str) -> None:

@@ -82,6 +82,15 @@ def write(name: str, result: Result, head: dict[str, Any]) -> Path:
     return path
 
 
+def read(name: str, results: Path = RESULTS) -> dict[str, Any] | None:
+    """What is in the benchmark's file, if there is one."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
 def text(name: str, result: Result, head: dict[str, Any]) -> str:
     """The same for a terminal."""
     machine = head["machine"]

@@ -1,0 +1,109 @@
+"""What benchmarks' results become: README's tables and the pictures are made from them and are up to date."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plots, report, tables
+from benchmarks.__main__ import NAMES
+
+SVG = "{http://www.w3.org/2000/svg}"
+MEASURED = [name for name in NAMES if report.read(name) is not None]
+
+
+def document(name: str, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    machine = {"cpu": "abacus", "cores": 2, "memory_gb": 1.5, "cores_used_by_others": 0.5, "busy": True}
+    head = {"date": "2026-01-02 03:04 UTC", "machine": machine, "versions": {"python": "3.11.7"}}
+    return {"benchmark": name, **head, "measures": "median_s: seconds", "rows": rows, "findings": ["one"], **changes}
+
+
+def row(case: str, variant: str, median_s: float, ratio: float | None = None, **more: float) -> dict[str, Any]:
+    return report.Row(case=case, variant=variant, median_s=median_s, runs=5, ratio=ratio, more=more).columns()
+
+
+def write(folder: Path, *documents: dict[str, Any]) -> Path:
+    for each in documents:
+        (folder / f"{each['benchmark']}.json").write_text(json.dumps(each))
+    return folder
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    _, between, _ = tables.split(tables.README.read_text())
+    assert between == tables.section(NAMES), "make it again: python -m benchmarks tables"
+
+
+@pytest.mark.parametrize("name", sorted(plots.VIEWS.keys() & set(MEASURED)))
+def test_the_pictures_show_what_the_results_say(name: str) -> None:
+    found = report.read(name)
+    assert found is not None
+    picture = (report.RESULTS / f"{name}.svg").read_text()
+    assert picture == plots.draw(found), "make it again: python -m benchmarks tables"
+    bars = list(ElementTree.fromstring(picture).iter(f"{SVG}rect"))  # noqa: S314 (our own)
+    assert len(bars) == len(found["rows"])
+
+
+def test_another_figure_is_another_section(tmp_path: Path) -> None:
+    """The negative control of both."""
+    first = tables.section(["step"], write(tmp_path, document("step", [row("a", "b", 1.0, 1.0)])))
+    second = tables.section(["step"], write(tmp_path, document("step", [row("a", "b", 1.1, 1.0)])))
+    assert first != second
+    assert plots.draw(document("step", [row("a", "b", 1.0, 2.0)])) != plots.draw(
+        document("step", [row("a", "b", 1.0, 3.0)])
+    )
+
+
+def test_each_figure_is_in_the_section(tmp_path: Path) -> None:
+    """Of the files as they are: the tables leave out only what is for programs."""
+    for name in MEASURED:
+        found = report.read(name)
+        assert found is not None
+        text = tables.section([name])
+        assert all(each["case"] in text and each["variant"] in text for each in found["rows"])
+        assert found["date"] in text
+        for each in found["rows"]:
+            assert tables.seconds(each["median_s"]) in text
+    assert tables.section(NAMES, tmp_path) == ""  # nothing was measured
+
+
+def test_a_full_grid_of_ratios_is_a_table_of_cases_by_variants() -> None:
+    rows = [row(case, variant, 0.25, 2.0) for case in ("small", "large") for variant in ("plain", "ours")]
+    assert tables.table(rows) == [
+        "| ratio (median) | plain | ours | runs |",
+        "| --- | --- | --- | --- |",
+        "| small | 2.00 (250 ms) | 2.00 (250 ms) | 5 |",
+        "| large | 2.00 (250 ms) | 2.00 (250 ms) | 5 |",
+    ]
+    assert len(tables.table(rows[:-1])) == 2 + 3  # a hole: a line for each
+
+
+def test_further_columns_are_shown_where_somebody_reads_them() -> None:
+    rows = [row("10", "ours", 1234.5, idle_mb=12.34, idle_ratio=0.5, max_s=9.0), row("20", "ours", 0.00123)]
+    assert tables.table(rows) == [
+        "| case | variant | median | runs | idle, MB |",
+        "| --- | --- | --- | --- | --- |",
+        "| 10 | ours | 1234 s | 5 | 12.3 |",
+        "| 20 | ours | 1.23 ms | 5 | - |",
+    ]
+
+
+def test_machine_and_versions_stand_where_they_change(tmp_path: Path) -> None:
+    rows = [row("a", "b", 1.0)]
+    changed = document("fleet", rows, versions={"python": "3.12.1"})
+    results = write(tmp_path, document("step", rows), document("message", rows), changed)
+    text = re.sub(r"\s+", " ", tables.section(["step", "message", "gpu", "fleet"], results))
+    assert [text.count(words) for words in ("python 3.11.7", "same machine", "python 3.12.1")] == [1, 1, 1]
+    assert text.count("the machine was busy: other programs used 0.5 cores") == 3
+
+
+def test_only_what_is_between_the_marks_is_replaced(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.update([], readme)
+    assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.END}\nafter\n"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="once each"):
+        tables.update([], readme)
