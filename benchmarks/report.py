@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("flwr", "grpcio", "torch", "opacus", "dp-accounting", "numpy")
+_NO_REQUIREMENTS = ("jax",)  # named where installed
 _BUSY = 0.4  # cores that others use: less may be our own workers, whom nobody waits for
 
 
@@ -62,7 +64,7 @@ def header(others: float) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "linux": platform.release().split("-")[0],
-            **{name: version(name) for name in _PACKAGES},
+            **{name: version(name) for name in (*_PACKAGES, *filter(find_spec, _NO_REQUIREMENTS))},
         },
     }
 

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import CASES, CLASSES, Case
+from benchmarks import jax_step
+from benchmarks.models import CASES, CLASSES, Case, ancestor_cnn
 from benchmarks.report import Result, Row
 
 BASELINE = "plain SGD"
@@ -56,7 +57,7 @@ def _measure(case: Case) -> tuple[dict[str, list[float]], list[str]]:
     remarks: list[str] = []
     living: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
     try:
-        for variant in (BASELINE, *_WORKER, *_OPACUS):
+        for variant in (BASELINE, *_WORKER, *_OPACUS, *_elsewhere(case)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant), daemon=True)
             process.start()
@@ -79,6 +80,10 @@ def _measure(case: Case) -> tuple[dict[str, list[float]], list[str]]:
     return seconds, remarks
 
 
+def _elsewhere(case: Case) -> tuple[str, ...]:
+    return (jax_step.NAME,) if case.model is ancestor_cnn and jax_step.installed() else ()
+
+
 def _hear(connection: Connection, patience: float) -> object:
     try:
         return connection.recv() if connection.poll(patience) else "too slow"
@@ -99,6 +104,8 @@ def _serve(host: Connection, number: int, variant: str) -> None:
             step = _plain(model, inputs, targets)
         elif variant in _OPACUS:
             step = _opacus(_OPACUS[variant], model, inputs, targets)
+        elif variant == jax_step.NAME:
+            step = jax_step.step(model, inputs, targets, rate=_RATE, bound=_BOUND, noise=_NOISE)
         else:
             step = _ours(variant, model, inputs, targets)
         step()

@@ -12,6 +12,7 @@ from benchmarks import report
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 _LEFT_OUT = re.compile(r"baseline|(min|max)_\w+|\w+_ratio")  # columns that are for programs
+_PLAIN = 6  # columns of a row that has no further ones
 _UNITS = {"_s": ", s", "_mb": ", MB"}
 
 Document = dict[str, Any]  # a file of results/
@@ -65,14 +66,17 @@ def _filled(words: str, first: str = "", later: str = "") -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines of a Markdown table: cases by variants where `rows` fill such a grid, else a line for each row."""
+    """The lines of a Markdown table: cases by variants where `rows` say no more than ratios, else a line for each."""
     cases, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "variant"))
-    plain = all(row["ratio"] is not None for row in rows) and len({len(row) for row in rows} | {6}) == 1
-    if plain and len(rows) == len(cases) * len(variants) > len(cases):
-        found = {(row["case"], row["variant"]): row for row in rows}
-        grid = [[case, *(_both(found[case, variant]) for variant in variants)] for case in cases]
-        runs = [str(min(found[case, variant]["runs"] for variant in variants)) for case in cases]
-        return _lines(["ratio (median)", *variants, "runs"], [[*line, n] for line, n in zip(grid, runs, strict=True)])
+    found = {(row["case"], row["variant"]): row for row in rows}
+    plain = all(row["ratio"] is not None and len(row) == len(rows[0]) == _PLAIN for row in rows)
+    if plain and len(rows) == len(found) > len(cases) * len(variants) / 2 and len(variants) > 1:
+        lines = []
+        for case in cases:
+            those = [found.get((case, variant)) for variant in variants]
+            runs = min(row["runs"] for row in those if row)
+            lines.append([case, *(_both(row) if row else "-" for row in those), str(runs)])
+        return _lines(["ratio (median)", *variants, "runs"], lines)
     names = list(dict.fromkeys(name for row in rows for name in row if not _LEFT_OUT.fullmatch(name)))
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
     return _lines([_title(name) for name in names], [[_cell(name, row.get(name)) for name in names] for row in rows])
