@@ -1,101 +1,123 @@
-"""What a client costs a GPU: memory of a worker that trains, beside one that waits, and steps by gradient mode.
+"""What a step costs on a GPU, what a worker that takes it holds of the GPU's memory, and how many of them fit.
 
-Each figure is of a process of its own, as a worker is. How many workers fit follows from the memory of the first.
+The variants of benchmarks.step, each in a process of its own, as a worker is: the memory of its CUDA context, what
+training takes beside it, and what is left of both when the worker has ended, as it does when it is idle.
 """
 
 import multiprocessing
 import statistics
 import subprocess
 import time
-from typing import Any
+import warnings
+from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks.models import CASES, CLASSES
+from benchmarks import step
+from benchmarks.models import CASES, CLASSES, Case
 from benchmarks.programs import BenchmarkError, Unavailable
 from benchmarks.report import Result, Row
 
+_DEVICE = "cuda"
 _RUNS = 7
-_SECONDS = 300.0
-_MODES = ("hooks", "book_keeping")
+_SECONDS = 300.0  # for one process
+
+Found = dict[str, list[float]]  # seconds of each step; bytes: context, training, idle
 
 
 def run() -> Result:
     """Raises Unavailable without a GPU."""
     if not torch.cuda.is_available():
         raise Unavailable("no GPU here: nothing was measured")
-    total = torch.cuda.get_device_properties(0).total_memory
+    total = _memory("total")
     rows, findings = [], []
-    for number, case in enumerate(CASES):
-        measured = {mode: _in_a_process(number, mode) for mode in _MODES}
-        base = statistics.median(measured["hooks"]["seconds"])
-        for mode, found in measured.items():
-            median = statistics.median(found["seconds"])
-            rows.append(
-                Row(
-                    case=case.name, variant=mode, median_s=median, runs=_RUNS, baseline="hooks", ratio=median / base,
-                    more={
-                        "records_per_s": case.batch / median,
-                        "context_mb": found["context"] / 1e6,
-                        "training_mb": found["training"] / 1e6,
-                        "workers_that_fit": total // (found["context"] + found["training"]),
-                    },
-                )
-            )  # fmt: skip
-    findings.append("A client that waits holds no memory of the GPU: its workers have ended.")
+    for case in CASES:
+        measured: dict[str, Found] = {}
+        for variant in step.VARIANTS:
+            said = _in_a_process(case, variant)
+            if isinstance(said, str):
+                findings.append(f"{case.name}: {variant}: {said}")
+            else:
+                measured[variant] = said
+        if step.BASELINE not in measured:
+            raise BenchmarkError(f"{case.name}: no {step.BASELINE} to compare with: {'; '.join(findings)}")
+        plain = statistics.median(measured[step.BASELINE]["seconds"])
+        rows += [_row(case, variant, found, plain, total) for variant, found in measured.items()]
+    left = max(row.more["idle_mb"] for row in rows)
+    findings.append(f"When a worker has ended, {left:.0f} MB of the GPU at most are not free again.")
     return Result(
-        measures="median_s: one DP-SGD step, noise included; MB of the GPU by the context alone, and beside it",
+        measures="median_s: one step, noise included; MB of the GPU: by the context alone, by training beside it, and"
+        " what is left when the worker has ended; workers that fit: into the whole GPU, training at once",
         rows=rows,
         findings=findings,
     )
 
 
-def _in_a_process(number: int, mode: str) -> dict[str, Any]:
+def _row(case: Case, variant: str, found: Found, plain: float, total: int) -> Row:
+    median = statistics.median(found["seconds"])
+    (context,), (training,), (idle,) = found["context"], found["training"], found["idle"]
+    return Row(
+        case=case.name,
+        variant=variant,
+        median_s=median,
+        runs=len(found["seconds"]),
+        baseline=step.BASELINE,
+        ratio=median / plain,
+        more={
+            "records_per_s": case.batch / median,
+            "context_mb": context / 1e6,
+            "training_mb": training / 1e6,
+            "idle_mb": idle / 1e6,
+            "workers_that_fit": int(total // max(1, context + training)),
+        },
+    )
+
+
+def _in_a_process(case: Case, variant: str) -> Found | str:
+    """What was found, or why nothing was."""
+    before = _memory("used")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, number, mode), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant), daemon=True)
     process.start()
     theirs.close()
     try:
-        if not ours.poll(_SECONDS):
-            raise BenchmarkError(f"{CASES[number].name}, {mode}: nothing within {_SECONDS:g} s")
-        return ours.recv()
+        said: Found | str = ours.recv() if ours.poll(_SECONDS) else f"nothing within {_SECONDS:g} s"
     except EOFError:
-        raise BenchmarkError(f"{CASES[number].name}, {mode}: its process ended") from None
+        said = "its process ended"
     finally:
         process.kill()
         process.join()
+    if isinstance(said, dict):
+        said["idle"] = [max(0, _memory("used") - before)]
+    return said
 
 
-def _serve(host: Any, number: int, mode: str) -> None:
-    from torch import nn
-
-    from client.accounting import Release
-    from client.noise import SecureGenerator
-    from client.training import Step, train
-    from common.tasks import Data
-
-    before = _used()
-    torch.zeros(1, device="cuda")
-    context = _used() - before
-    case = CASES[number]
-    model, inputs = case.model().cuda(), case.inputs(case.batch).cuda()
-    data = Data(inputs=inputs, targets=torch.randint(CLASSES, (case.batch,)).cuda())
-    terms = Step(
-        max_grad_norm=1.0, batch_size=case.batch, physical_batch_size=case.batch, learning_rate=1e-3,
-        gradient_mode=mode,  # type: ignore[arg-type]
-    )  # fmt: skip
-    release = Release(noise_multiplier=1.0, sample_rate=1.0, steps=1)
-    loss, generator, seconds = nn.CrossEntropyLoss(reduction="none"), SecureGenerator(), []
-    for _ in range(_RUNS + 1):
-        started = time.perf_counter()
-        train(model, loss, data, release=release, step=terms, generator=generator)
+def _serve(host: Connection, number: int, variant: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    case, before = CASES[number], _memory("used")
+    try:
+        torch.zeros(1, device=_DEVICE)
+        context = _memory("used") - before
+        model, inputs = case.model().train().to(_DEVICE), case.inputs(case.batch).to(_DEVICE)
+        take = step.build(variant, model, inputs, torch.randint(CLASSES, (case.batch,)).to(_DEVICE))
+        take()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    host.send({"context": context, "training": torch.cuda.max_memory_reserved(), "seconds": seconds[1:]})
+        torch.cuda.reset_peak_memory_stats()  # trying the modes is over
+        seconds = []
+        for _ in range(_RUNS):
+            started = time.perf_counter()
+            take()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    except Exception as error:
+        host.send(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+        return
+    host.send({"seconds": seconds, "context": [context], "training": [torch.cuda.max_memory_reserved()]})
 
 
-def _used() -> int:
-    """Bytes of the first GPU in use by anybody, as the driver says: a process that asks makes no context."""
-    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def _memory(which: str) -> int:
+    """Bytes of the first GPU, `used` by anybody or in `total`, as the driver says: who asks it makes no context."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu=memory.{which}", "--format=csv,noheader,nounits"]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 2**20

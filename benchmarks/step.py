@@ -21,6 +21,7 @@ from benchmarks.report import Result, Row
 BASELINE = "plain SGD"
 _WORKER = ("auto", "hooks", "book_keeping")  # of ours
 _OPACUS = {"Opacus hooks": "hooks", "Opacus functorch": "functorch", "Opacus ghost": "ghost"}
+VARIANTS = (BASELINE, *_WORKER, *_OPACUS)
 _RATE, _BOUND, _NOISE = 1e-3, 1.2, 1.0
 _START_SECONDS, _RUN_SECONDS = 300.0, 300.0
 
@@ -57,7 +58,7 @@ def _measure(case: Case) -> tuple[dict[str, list[float]], list[str]]:
     remarks: list[str] = []
     living: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
     try:
-        for variant in (BASELINE, *_WORKER, *_OPACUS, *_elsewhere(case)):
+        for variant in (*VARIANTS, *_elsewhere(case)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant), daemon=True)
             process.start()
@@ -100,14 +101,7 @@ def _serve(host: Connection, number: int, variant: str) -> None:
     try:
         model, inputs = case.model().train(), case.inputs(case.batch)
         targets = torch.randint(CLASSES, (case.batch,))
-        if variant == BASELINE:
-            step = _plain(model, inputs, targets)
-        elif variant in _OPACUS:
-            step = _opacus(_OPACUS[variant], model, inputs, targets)
-        elif variant == jax_step.NAME:
-            step = jax_step.step(model, inputs, targets, rate=_RATE, bound=_BOUND, noise=_NOISE)
-        else:
-            step = _ours(variant, model, inputs, targets)
+        step = build(variant, model, inputs, targets)
         step()
     except Exception as error:
         host.send(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
@@ -117,6 +111,17 @@ def _serve(host: Connection, number: int, variant: str) -> None:
         started = time.process_time()
         step()
         host.send(time.process_time() - started)
+
+
+def build(variant: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    """A step of `variant` on these records, on whatever device they and the model are."""
+    if variant == BASELINE:
+        return _plain(model, inputs, targets)
+    if variant in _OPACUS:
+        return _opacus(_OPACUS[variant], model, inputs, targets)
+    if variant == jax_step.NAME:
+        return jax_step.step(model, inputs, targets, rate=_RATE, bound=_BOUND, noise=_NOISE)
+    return _ours(variant, model, inputs, targets)
 
 
 def _plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
