@@ -22,6 +22,7 @@ NAMES = (
     "message",
     "fleet",
     "accuracy",
+    "time_to_accuracy",
 )
 TABLES = "tables"
 
@@ -30,27 +31,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "name", nargs="?", choices=(*NAMES, TABLES), metavar="NAME", help=f"{', '.join(NAMES)}, {TABLES}; all without"
-    )
+    names = (*NAMES, TABLES)
+    parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=f"{', '.join(names)}; all without one")
     name = parser.parse_args(arguments).name
     signal.signal(signal.SIGTERM, _stop)
-    started, failed = time.monotonic(), []
+    took: dict[str, float] = {}
+    failed = False
     for each in [name] if name else NAMES:
-        if each == TABLES:
-            continue
+        started = time.monotonic()
         try:
-            _run(each)
+            if each != TABLES:
+                _run(each)
         except Unavailable as missing:
-            print(f"{each}: {missing}\n")
+            print(f"{each}: {missing}\n", flush=True)
         except BenchmarkError as error:
-            print(f"{each}: {error}", file=sys.stderr)
-            failed.append(each)
+            print(f"{each}: {error}\n", file=sys.stderr, flush=True)
+            failed = True
+        took[each] = time.monotonic() - started
     plots.update(NAMES)
     tables.update(NAMES)
-    if name is None:
-        print(f"{time.monotonic() - started:.0f} s in all")
-    return 1 if failed else 0
+    if len(took) > 1:
+        each_took = ", ".join(f"{each} {seconds:.0f} s" for each, seconds in took.items())
+        print(f"{each_took}: {sum(took.values()):.0f} s in all")
+    return int(failed)
 
 
 def _run(name: str) -> None:

@@ -1,7 +1,4 @@
-"""The DP-SGD step of the ancestor's network in JAX: vmap(grad), clipped, summed and noised in one compiled function.
-
-JAX is no requirement of ours: where it is not installed, there is nothing to compare with.
-"""
+"""The DP-SGD step of the ancestor's network in JAX: vmap(grad), clipped, summed and noised in one compiled function."""
 
 import importlib.util
 import os
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 NAME = "JAX"
-_EPSILON = 1e-5  # of torch's GroupNorm
 
 
 def installed() -> bool:
@@ -44,7 +40,7 @@ def compiled(*, rate: float, bound: float, noise: float) -> Callable[..., list[A
         x = jnp.tanh(x).reshape(channels, height // 2, 2, width // 2, 2).mean((2, 4))
         grouped = x.reshape(groups, -1)
         mean, variance = grouped.mean(1, keepdims=True), grouped.var(1, keepdims=True)
-        x = ((grouped - mean) / jnp.sqrt(variance + _EPSILON)).reshape(x.shape)
+        x = ((grouped - mean) / jnp.sqrt(variance + 1e-5)).reshape(x.shape)
         return x * scale[:, None, None] + shift[:, None, None]
 
     def loss(parameters: Any, x: Any, target: Any) -> Any:

@@ -21,9 +21,10 @@ class View:
 # A benchmark that is not here has no picture, or draws its own when it runs.
 VIEWS = {
     "step": View(column="ratio", words="CPU time of a step, as a multiple of plain SGD's", logarithmic=True),
-    "gpu": View(column="ratio", words="time of a step, as a multiple of Opacus hooks'", logarithmic=True),
+    "gpu": View(column="ratio", words="time of a step on a GPU, as a multiple of plain SGD's", logarithmic=True),
     "message": View(column="median_s", words="CPU seconds of the clients' side per message", logarithmic=True),
     "accuracy": View(column="accuracy", words="test accuracy, median over the runs"),
+    "time_to_accuracy": View(column="median_s", words="CPU seconds of the clients until the test accuracy"),
 }
 
 

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from opacus.data_loader import DPDataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import plots, report, tables
+from benchmarks import example_recipe, plots, report, tables, time_to_accuracy
 from benchmarks.__main__ import NAMES
+from client.accounting import Release, compose, epsilon
+from common.tasks import load_task
 
 SVG = "{http://www.w3.org/2000/svg}"
 MEASURED = [name for name in NAMES if report.read(name) is not None]
@@ -33,7 +38,7 @@ def write(folder: Path, *documents: dict[str, Any]) -> Path:
 
 def test_the_readme_says_what_the_results_say() -> None:
     _, between, _ = tables.split(tables.README.read_text())
-    assert between == tables.section(NAMES), "make it again: python -m benchmarks tables"
+    assert between == tables.section(NAMES), "make it again: make bench BENCH=tables"
 
 
 @pytest.mark.parametrize("name", sorted(plots.VIEWS.keys() & set(MEASURED)))
@@ -41,7 +46,7 @@ def test_the_pictures_show_what_the_results_say(name: str) -> None:
     found = report.read(name)
     assert found is not None
     picture = (report.RESULTS / f"{name}.svg").read_text()
-    assert picture == plots.draw(found), "make it again: python -m benchmarks tables"
+    assert picture == plots.draw(found), "make it again: make bench BENCH=tables"
     bars = list(ElementTree.fromstring(picture).iter(f"{SVG}rect"))  # noqa: S314 (our own)
     assert len(bars) == len(found["rows"])
 
@@ -108,3 +113,28 @@ def test_only_what_is_between_the_marks_is_replaced(tmp_path: Path) -> None:
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
         tables.update([], readme)
+
+
+@pytest.mark.parametrize("records", [718, 30_000])
+def test_the_examples_budget_is_of_the_batches_that_opacus_draws(records: int) -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(records, 1)), batch_size=example_recipe.BATCH)
+    drawn = DPDataLoader.from_data_loader(loader)
+    expected = Release(noise_multiplier=1.0, sample_rate=drawn.sample_rate, steps=3 * len(drawn))
+    assert example_recipe.release(records, rounds=3) == expected
+
+
+@pytest.mark.parametrize("case", time_to_accuracy.CASES, ids=lambda case: case.task)
+def test_both_have_the_same_records_and_the_same_budget(case: time_to_accuracy.Case, tmp_path: Path) -> None:
+    assert case.records == load_task(case.task, tmp_path).nominal_records(time_to_accuracy.CLIENTS)
+    ours = case.privacy()
+    example = example_recipe.release(case.records, case.example_rounds)
+    steps = case.rounds * case.steps
+    spent = Release(noise_multiplier=ours.noise_multiplier, sample_rate=ours.sample_rate, steps=steps)
+    (we, they) = (epsilon("fixed", compose([each]), ours.delta) for each in (spent, example))
+    assert 0.99 * they < we <= they == ours.epsilon
+
+
+def test_an_accuracy_is_reached_in_the_first_round_that_has_it() -> None:
+    course = time_to_accuracy.Course(points=[(1.0, 0.2), (2.0, 0.5), (3.0, 0.4), (4.0, 0.6)], epsilon=1.0)
+    assert course.reached(0.4) == (2.0, 2.0)
+    assert course.reached(0.7) == (float("inf"), float("inf"))
