@@ -57,14 +57,10 @@ class Bars:
                 y += _ROW
         return "\n".join([*lines, "</svg>", ""])
 
-    def _values(self) -> list[float]:
-        return [bar.value for bars in self.groups.values() for bar in bars]
-
     def _range(self) -> tuple[float, float]:
-        values = self._values()
-        if self.logarithmic:
-            return 10.0 ** math.floor(math.log10(min(values))), max(values)
-        return 0.0, max(values)
+        values = [bar.value for bars in self.groups.values() for bar in bars]
+        low = 10.0 ** math.floor(math.log10(min(values))) if self.logarithmic else 0.0
+        return low, max(values) if max(values) > low else low + 1.0
 
     def _x(self, value: float) -> float:
         low, high = self._range()

@@ -106,7 +106,9 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:#.3g}".rstrip(".") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:#.3g}".rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def seconds(value: float) -> str:

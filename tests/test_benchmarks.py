@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import example_recipe, plots, report, tables, time_to_accuracy
 from benchmarks.__main__ import NAMES
+from benchmarks.bars import Bar, Bars
 from client.accounting import Release, compose, epsilon
 from common.tasks import load_task
 
@@ -87,13 +88,28 @@ def test_ratios_alone_are_a_table_of_cases_by_variants() -> None:
 
 
 def test_further_columns_are_shown_where_somebody_reads_them() -> None:
-    rows = [row("10", "ours", 1234.5, idle_mb=12.34, idle_ratio=0.5, max_s=9.0), row("20", "ours", 0.00123)]
+    first = row("10", "ours", 1234.5, idle_mb=12.34, idle_ratio=0.5, max_s=9.0, bytes=12345)
+    rows = [first, row("20", "ours", 0.00123)]
     assert tables.table(rows) == [
-        "| case | variant | median | runs | idle, MB |",
-        "| --- | --- | --- | --- | --- |",
-        "| 10 | ours | 1234 s | 5 | 12.3 |",
-        "| 20 | ours | 1.23 ms | 5 | - |",
+        "| case | variant | median | runs | idle, MB | bytes |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 10 | ours | 1234 s | 5 | 12.3 | 12,345 |",
+        "| 20 | ours | 1.23 ms | 5 | - | - |",
     ]
+
+
+@pytest.mark.parametrize(("logarithmic", "ends"), [(True, [160, 425, 690]), (False, [165.3, 213, 690])])
+def test_a_bar_is_as_long_as_its_value(logarithmic: bool, ends: list[float]) -> None:
+    bars = [Bar(label=str(value), value=value) for value in (1.0, 10.0, 100.0)]
+    picture = Bars(title="t", groups={"g": bars}, logarithmic=logarithmic).document()
+    found = ElementTree.fromstring(picture).iter(f"{SVG}rect")  # noqa: S314 (our own)
+    assert [160 + float(bar.attrib["width"]) for bar in found] == pytest.approx(ends, abs=0.06)
+
+
+@pytest.mark.parametrize("logarithmic", [True, False])
+@pytest.mark.parametrize("value", [1.0, 0.3, 1e-9])
+def test_one_bar_alone_can_be_drawn(value: float, logarithmic: bool) -> None:
+    Bars(title="t", groups={"g": [Bar(label="b", value=value)]}, logarithmic=logarithmic).document()
 
 
 def test_machine_and_versions_stand_where_they_change(tmp_path: Path) -> None:
