@@ -1,7 +1,7 @@
 """Smaller updates: what the server may propose, a client packs and the server unpacks.
 
 Only noised parameters are packed, so that nothing here touches the guarantee: it is post-processing. Lossless methods
-are not offered: noise has no pattern, and zlib and lzma take 8 % off at best (benchmarks/compression.py).
+are not offered: noise has no pattern, and zlib and lzma take 7 % off (benchmarks/compression.py).
 
 `int8`: of each parameter travels the difference to the model that was received, in steps of a 127th of its largest.
 What is rounded off is far less than the noise, whose width spans many steps, and averages out over clients with it.
