@@ -15,7 +15,7 @@ from client import ledger
 from common import pki
 from common.config import ClientSettings, Compression, Federation, Partition, Policy, Privacy, ServerSettings, Training
 
-_ROUND_SECONDS = 120.0  # a round that takes longer has failed
+_ROUND_SECONDS = 300.0  # a round that takes longer has failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
