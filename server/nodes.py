@@ -70,11 +70,11 @@ class Nodes:
         self._drop_late()
         deadline = time.monotonic() + seconds
         unasked, waiting = deque(questions.items()), dict[str, tuple[str, Message]]()
-        pause, came = _FIRST_POLL_SECONDS, False
+        pause = _FIRST_POLL_SECONDS
         while (unasked or waiting) and time.monotonic() < deadline:
             room = limit - len(waiting)
-            # Several at once, as long as replies go on coming: each call hashes the model anew.
-            if unasked and room > 0 and (not came or room * 8 >= limit):
+            # Many at once, as long as replies go on coming: each call hashes the model anew, and may send it anew.
+            if unasked and room > 0 and (room * 4 >= limit or pause == _LAST_POLL_SECONDS):
                 some = [unasked.popleft() for _ in range(min(room, len(unasked)))]
                 left = max(deadline - time.monotonic(), 1e-3)
                 for partition, message, id in self._push(some, nodes, group=group, seconds=left):
