@@ -186,13 +186,13 @@ def test_less_than_one_reply_is_one(tmp_path: Path) -> None:
     assert grid.most_held == 1
 
 
-@pytest.mark.parametrize(("seconds", "held"), [(0.0, {1, 2}), (0.8, {5})])
+@pytest.mark.parametrize(("seconds", "held"), [(0.0, {1, 2, 3}), (1.5, {5})])
 def test_more_are_asked_while_no_replies_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, held: set[int]
 ) -> None:
     """Where training takes long all train at once; where it does not, SuperLink has few questions to look through."""
     monkeypatch.setattr("server.nodes._ASKED_FIRST", 1)
-    monkeypatch.setattr("server.nodes._ASKED_MORE", 1)
+    monkeypatch.setattr("server.nodes._ASKED_MORE", 2)
     grid = FakeGrid(everyone(*"abcde"))
     grid.delays = dict.fromkeys("abcde", seconds)
     run(few_at_once(tmp_path, 5), grid)
