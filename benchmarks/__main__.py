@@ -21,6 +21,10 @@ NAMES = (
     "gpu",
     "message",
     "fleet",
+    "worker",
+    "data_path",
+    "server_memory",
+    "compression",
     "accuracy",
     "time_to_accuracy",
 )

@@ -13,9 +13,9 @@ import yaml
 from benchmarks.programs import Programs, free_address, free_port
 from client import ledger
 from common import pki
-from common.config import ClientSettings, Federation, Partition, Policy, Privacy, ServerSettings, Training
+from common.config import ClientSettings, Compression, Federation, Partition, Policy, Privacy, ServerSettings, Training
 
-_ROUND_SECONDS = 120.0  # a round that takes longer has failed
+_ROUND_SECONDS = 300.0  # a round that takes longer has failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,14 @@ def train(
     task: str = "digits",
     rounds: int,
     learning_rate: float,
+    client: str = "client",
+    compression: Compression = "none",
+    reply_memory_mb: float = 1024.0,
 ) -> Iterator[Run]:
-    """A run of all `partitions` in each round; left, nothing of it is there."""
+    """A run of all `partitions` in each round; left, nothing of it is there.
+
+    `client` is the module that is run with the policy.
+    """
     fleet = free_address()
     names = [partition.name for partition in partitions]
     federation = Federation(
@@ -74,7 +80,13 @@ def train(
         learning_rate=learning_rate,
         round_deadline_seconds=_ROUND_SECONDS,
         connect_deadline_seconds=_ROUND_SECONDS,
-        server=ServerSettings(fleet_address=fleet, control_port=free_port(), metrics_address=free_address()),
+        compression=compression,
+        server=ServerSettings(
+            fleet_address=fleet,
+            control_port=free_port(),
+            metrics_address=free_address(),
+            reply_memory_mb=reply_memory_mb,
+        ),
     )
     policy = Policy(
         task=task,
@@ -93,7 +105,7 @@ def train(
         yield Run(
             programs=programs,
             server=programs.start("server", sys.executable, "-m", "server", "--config", _file(federation)),
-            client=programs.start("client", sys.executable, "-m", "client", "--policy", _file(policy)),
+            client=programs.start("client", sys.executable, "-m", client, "--policy", _file(policy)),
             partitions=len(names),
             rounds=rounds,
         )

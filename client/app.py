@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from client.noise import SecureGenerator
 from client.policy import Refused, accept
 from client.training import Step, train
 from common import messages
+from common.compression import pack
 from common.config import GradientMode, Partition, Policy
 from common.messages import MessageError, Proposal, Reason, Standing
 from common.tasks import Data, Task, TaskError, load_task
@@ -172,7 +173,8 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
         ),
         generator=SecureGenerator(),
     )
-    trained = ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in trainable(model).items()})
+    noised = {name: value.detach().cpu().numpy() for name, value in trainable(model).items()}
+    trained = pack(noised, lambda name: arrays[name].numpy(), proposal.compression)  # type: ignore[arg-type]
     log.info("%s: round %d trained in %.2f s", partition.name, proposal.round, time.monotonic() - started)
     return messages.update(trained, budget.commit(bench.fingerprint), weight=float(policy.training.weight))
 

@@ -2,10 +2,11 @@
 
 import math
 import re
+from typing import get_args
 
 from client.accounting import Release
 from client.ledger import Account
-from common.config import Policy, Privacy
+from common.config import Compression, Policy, Privacy
 from common.messages import Proposal, Reason, Standing
 from common.statement import RUN_NAME
 
@@ -42,6 +43,9 @@ def accept(proposal: Proposal, policy: Policy) -> Release:
         )
     if proposal.run and not re.fullmatch(RUN_NAME, proposal.run):
         raise Refused(Reason.POLICY, "run: expected a name of at most 64 of A-Z a-z 0-9 . _ -")
+    if proposal.compression not in get_args(Compression):
+        asked = proposal.compression[:80]
+        raise Refused(Reason.POLICY, f"compression: expected {', '.join(get_args(Compression))}, asked for {asked!r}")
     return _release(privacy, proposal.steps)
 
 

@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 FilePath = Annotated[Path, Field(strict=False)]
 GradientMode = Literal["hooks", "book_keeping"]  # how client.gradients computes clipped sums
+Compression = Literal["none", "int8"]  # how common.compression packs an update
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):[0-9]{1,5}$")]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
 
@@ -40,6 +41,9 @@ class ServerSettings(_Section):
     certificate_key: FilePath = Path("state/pki/server/server.key")
     public_keys: FilePath = Path("state/pki/public/clients")  # one <partition>.pub per partition that may join
     state: FilePath = Path("state/server")
+    # Of the replies that SuperLink may hold at once: a round of more asks further clients as replies come, all of them
+    # within round_deadline_seconds.
+    reply_memory_mb: Positive = 1024.0
     runs: FilePath = Path("runs")
 
 
@@ -54,9 +58,10 @@ class Federation(_Section):
     steps_per_round: Count
     learning_rate: Positive
     strategy: Literal["fedavg", "fedadam"] = "fedavg"
+    compression: Compression = "none"  # of the updates: int8 is a quarter of the bytes, and rounds
     server_learning_rate: Positive = 0.1  # fedadam's eta; fedavg has none
     seed: Annotated[int, Field(ge=0)] = 0  # of the first global model, which is public
-    round_deadline_seconds: Positive = 600.0
+    round_deadline_seconds: Positive = 600.0  # of a whole round, however many clients are asked one after another
     connect_deadline_seconds: Positive = 600.0
     server: ServerSettings = ServerSettings()
 

@@ -1,8 +1,9 @@
 """What travels between server and client, as Flower records.
 
 Request:  arrays = the global model's trainable parameters, config = a `Proposal`.
-Reply:    arrays = the noised local parameters, metrics = the public weight, config = a `Standing`; or
-          config = a `Refusal` and its `Standing`. Nothing in a reply depends on the data but the noised parameters.
+Reply:    arrays = the noised local parameters, as common.compression packs them, metrics = the public weight, config =
+          a `Standing`; or config = a `Refusal` and its `Standing`. Nothing in a reply depends on the data but the
+          noised parameters.
           Beside a standing travels its signed statement (common.statement), where the client could make one.
 """
 
@@ -39,11 +40,13 @@ class MessageError(ValueError):
 class _Record:
     """A frozen dataclass that is a ConfigRecord on the wire; types are checked, unknown keys are refused.
 
-    A field with a default may be absent.
+    A field with a default may be absent, and is where it has that value: peers that do not know it need not.
     """
 
     def to_record(self) -> ConfigRecord:
-        return ConfigRecord(asdict(self))  # type: ignore[call-overload]
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        content = {name: value for name, value in asdict(self).items() if value != defaults[name]}  # type: ignore[call-overload]
+        return ConfigRecord(content)
 
     @classmethod
     def from_record(cls, record: Any) -> Self:
@@ -69,6 +72,7 @@ class Proposal(_Record):
     anchor_sequence: int  # newest ledger head the server has seen from this partition; 0: none
     anchor_head: str
     run: str = ""  # the server's name for the run, which ledger and statement show; empty: it has none
+    compression: str = "none"  # of the update: a `Compression` of common.config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

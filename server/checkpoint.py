@@ -81,7 +81,12 @@ class Checkpoint:
             )
 
     def save(self, state: Path) -> None:
-        """Write it to the state directory, durably and atomically."""
+        """Write it to the state directory, durably and atomically.
+
+        In the round's path on purpose: a model of 20 MB takes 0.07 s, with FedAdam's moments 0.17 s, one of 100 MB 0.3
+        and 0.7 s, of the many seconds that such a round takes. Written while the next round is asked for, a crash
+        could lose anchors of a round that was already announced.
+        """
         tensors = {f"model.{name}": array for name, array in self.arrays.items()}
         for moment, arrays in self.moments.items():
             tensors |= {f"{moment}.{name}": array for name, array in arrays.items()}
@@ -128,7 +133,8 @@ def finished(config: Federation) -> bool:
 
 def define(config: Federation) -> str:
     """A digest of everything that makes two runs the same run: not addresses, paths and deadlines."""
-    content = json.dumps(config.model_dump(mode="json", exclude=_HERE), sort_keys=True)
+    not_there = {"compression"} if config.compression == "none" else set()  # as in runs from before that key
+    content = json.dumps(config.model_dump(mode="json", exclude=_HERE | not_there), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

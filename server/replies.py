@@ -1,12 +1,9 @@
 """Reading what a client sent. Nothing in it is believed: not its name, its sizes, its numbers, nor its texts."""
 
-import io
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from common.messages import (
     ARRAYS,
@@ -22,7 +19,8 @@ from common.messages import (
     digest,
 )
 from common.statement import Signed, StatementError
-from server.checkpoint import Anchor
+from server.checkpoint import Anchor, Arrays
+from server.parameters import Parameters
 from server.statements import Witness
 
 MAX_WEIGHT = 1e9  # keeps the sum of weights finite; weights are the owners' public constants, such as a nominal size
@@ -34,7 +32,7 @@ _MAX_TEXT = 200
 class Update:
     """A partition trained: its noised parameters, which fit the global model and are finite."""
 
-    arrays: ArrayRecord
+    arrays: Arrays
     weight: float
     standing: Standing
     statement: Signed | StatementError | None = None  # an error: what came is none, and is dropped
@@ -57,11 +55,8 @@ class Failed:
     reason: str
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def read(
-    message: Message, partition: str, *, anchor: Anchor, shapes: Shapes, witness: Witness
+    message: Message, partition: str, *, anchor: Anchor, parameters: Parameters, witness: Witness
 ) -> Update | Refused | Failed:
     """The reply of the node that is registered as `partition`, to a server that knows its ledger up to `anchor`."""
     if message.has_error():
@@ -78,8 +73,8 @@ def read(
             )
         if set(content) - {STATEMENT} != {ARRAYS, METRICS, STANDING}:
             raise MessageError(f"expected arrays, metrics and standing, found {sorted(content)}")
-        arrays, weight = _arrays(content[ARRAYS], shapes), _weight(content[METRICS])
-        statement = _statement(content, standing, witness, arrays)
+        arrays, weight = parameters.read(content[ARRAYS]), _weight(content[METRICS])
+        statement = _statement(content, standing, witness, content[ARRAYS])  # type: ignore[arg-type]
         return Update(arrays=arrays, weight=weight, standing=standing, statement=statement)
     # Besides ours, whatever Flower and NumPy raise about bytes that are not what they should be.
     except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError) as error:
@@ -129,28 +124,6 @@ def _standing(record: object, partition: str) -> Standing:
     if len(standing.ledger_head) > _MAX_TEXT:
         raise MessageError(f"expected a ledger head of at most {_MAX_TEXT} characters")
     return standing
-
-
-def _arrays(record: object, shapes: Shapes) -> ArrayRecord:
-    if not isinstance(record, ArrayRecord) or set(record) != set(shapes):
-        raise MessageError(f"expected the {len(shapes)} arrays of the model")
-    for name, shape in shapes.items():
-        found = _header(record[name])
-        if found != (shape, np.dtype(np.float32)):
-            raise MessageError(f"{name}: expected float32 of shape {shape}, found {found[1]} of {found[0]}")
-        if not np.isfinite(record[name].numpy()).all():
-            raise MessageError(f"{name}: expected finite values")
-    return record
-
-
-def _header(array: Array) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-    """Shape and type from the bytes themselves. NumPy would allocate whatever they claim before it looks further."""
-    stream = io.BytesIO(array.data)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise MessageError(f"expected an array in format 1.0, found {version}")
-    shape, _, kind = np.lib.format.read_array_header_1_0(stream)
-    return shape, kind
 
 
 def _weight(record: object) -> float:

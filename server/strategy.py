@@ -13,8 +13,9 @@ from server.aggregation import Aggregation, NotFiniteError, record
 from server.attendance import Attendance
 from server.checkpoint import Arrays, Checkpoint
 from server.history import History
-from server.nodes import Nodes
+from server.nodes import Bounds, Nodes
 from server.outcome import RunError
+from server.parameters import Parameters
 from server.replies import Failed, Refused, Update, one_line, read
 from server.statements import Witness
 
@@ -56,7 +57,6 @@ class Strategy:
         self._witness = Witness(
             run=checkpoint.run, task=config.task, public_keys=config.server.public_keys
         )
-        self._shapes = {name: array.shape for name, array in checkpoint.arrays.items()}
 
     def run(self) -> str:
         """Why the run ended: "completed" or "exhausted". Raises RunError if it cannot go on."""
@@ -93,11 +93,21 @@ class Strategy:
         arrays = record(self._checkpoint.arrays)
         questions = {partition: request(arrays, self._proposal(number, partition)) for partition in sample}
         aggregation = Aggregation(self._config, self._checkpoint)
-        seconds = self._config.round_deadline_seconds
-        for partition, message in self._nodes.ask(questions, candidates, group=str(number), seconds=seconds):
+        parameters = Parameters(model=self._checkpoint.arrays, compression=self._config.compression)
+        replies = self._nodes.ask(
+            questions,
+            candidates,
+            group=str(number),
+            seconds=self._config.round_deadline_seconds,
+            bounds=Bounds.of(
+                memory_bytes=self._config.server.reply_memory_mb * 1e6, reply_bytes=parameters.wire_bytes
+            ),
+        )
+        for partition, message in replies:
             anchor = self._checkpoint.anchor(partition)
-            reply = read(message, partition, anchor=anchor, shapes=self._shapes, witness=self._witness)
+            reply = read(message, partition, anchor=anchor, parameters=parameters, witness=self._witness)
             self._take(partition, reply, tally, aggregation)
+            del message, reply  # nothing of a reply stays but what was taken in
         self._checkpoint.seconds += time.monotonic() - started
         return aggregation
 
@@ -122,7 +132,7 @@ class Strategy:
             tally.refused[partition] = str(reply.reason)
             _LOG.info("%s refused: %s (%s)", partition, reply.reason, reply.detail)
         else:
-            aggregation.add(partition, reply)
+            aggregation.add(reply)
             tally.trained.append(partition)
 
     def _finish(self, number: int, tally: _Tally, aggregation: Aggregation) -> None:
@@ -174,6 +184,7 @@ class Strategy:
             anchor_sequence=anchor.sequence,
             anchor_head=anchor.head,
             run=self._checkpoint.run,
+            compression=self._config.compression,
         )
 
     def _nobody(self, number: int) -> bool:

@@ -21,7 +21,10 @@ class Interrupted(BaseException):
 
 
 class FakeGrid(Grid):
-    """Each partition that has an answer is connected. `asked` holds who was asked, message by message."""
+    """Each partition that has an answer is connected. `asked` holds who was asked, message by message.
+
+    `most_held` and `most_pulled` are the most messages without a pulled reply, and the most pulled at once, so far.
+    """
 
     def __init__(self, answers: dict[str, Answer], *, kill_in_round: int | None = None) -> None:
         identify()
@@ -29,6 +32,8 @@ class FakeGrid(Grid):
         self.delays: dict[str, float] = {}
         self.undecodable: set[str] = set()
         self.asked: list[tuple[int, str]] = []
+        self.most_held = self.most_pulled = 0
+        self.stumbles = 0  # pushes that fail, once they have stored the first of their messages
         self._kill_in_round = kill_in_round
         self._replies: dict[str, tuple[float, str, Message | None]] = {}
 
@@ -40,18 +45,27 @@ class FakeGrid(Grid):
         names = {node.node_id: node.name for node in self.get_nodes()}
         ids = []
         for message in messages:
+            if ids and self.stumbles:
+                self.stumbles -= 1
+                raise RuntimeError("500 Internal Server Error")
             name, proposal = names[message.metadata.dst_node_id], Proposal.from_record(message.content[CONFIG])
             if proposal.round == self._kill_in_round:
                 raise Interrupted
+            if known := message.metadata.message_id:
+                ids.append(known)  # sent again, it is the same one
+                continue
             self.asked.append((proposal.round, name))
             ids.append(f"{len(self.asked)}")
             message.metadata.__dict__["_message_id"] = ids[-1]  # as SuperLink does
             answer = self.answers[name](name, message)
             reply = None if answer is None else Message(answer, reply_to=message)
             self._replies[ids[-1]] = (time.monotonic() + self.delays.get(name, 0.0), name, reply)
+        self.most_held = max(self.most_held, len(self._replies))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message_ids = set(message_ids)
+        self.most_pulled = max(self.most_pulled, len(message_ids))
         ready = [id for id in message_ids if id in self._replies and self._replies[id][0] <= time.monotonic()]
         pulled = [self._replies.pop(id) for id in ready]  # forgotten before they are decoded, as SuperLink does
         if any(name in self.undecodable for _, name, _ in pulled):

@@ -60,6 +60,15 @@ def states(run: Federation, summary: dict, *, rounds: int) -> Path:
     return path
 
 
+def test_updates_travel_packed_where_the_server_asks_for_it(tmp_path: Path) -> None:
+    with federation(tmp_path, compression="int8") as run:
+        summary = finish(run)
+        assert summary["rounds_completed"] == 3
+        assert summary["test_accuracy"] > 0.3
+        states(run, summary, rounds=3)  # about the packed bytes, which the server has compared
+        assert "statement is dropped" not in run.log("server")
+
+
 def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Path) -> None:
     with federation(tmp_path) as run:
         first = finish(run)

@@ -70,6 +70,23 @@ def test_a_run_may_have_a_name_that_is_safe_to_keep() -> None:
         from_the_wire(run=1)
 
 
+def test_a_server_may_ask_for_a_smaller_update_in_a_form_that_is_known() -> None:
+    for form in ("none", "int8"):
+        assert accept(from_the_wire(compression=form), POLICY) == accept(from_the_wire(), POLICY)
+    for form in ("", "int4", "INT8", "x" * 10**4):
+        with pytest.raises(Refused, match="compression: expected none, int8, asked for") as refused:
+            accept(from_the_wire(compression=form), POLICY)
+        assert len(refused.value.detail) < 200
+    with pytest.raises(MessageError, match="expected compression as str"):
+        from_the_wire(compression=8)
+
+
+def test_what_has_its_default_does_not_travel() -> None:
+    """A client from before a key takes part until the key is used."""
+    assert set(proposal().to_record()) == set(GOOD)
+    assert set(proposal(compression="int8", run="one").to_record()) == {*GOOD, "compression", "run"}
+
+
 @pytest.mark.parametrize("extra", ["noise_multiplier", "max_grad_norm", "batch_size", "epsilon", "reset"])
 def test_a_server_cannot_add_terms_of_its_own(extra: str) -> None:
     with pytest.raises(MessageError, match="expected a record of"):

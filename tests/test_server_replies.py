@@ -13,15 +13,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from common import messages
 from common.certificates import new_key, openssh_public
+from common.config import Compression
 from common.messages import Reason, Standing
 from common.statement import Signed, StatementError
 from server.checkpoint import Anchor
+from server.parameters import Parameters
 from server.replies import Failed, Refused, Update, read
 from server.statements import Witness
 from tests.fake_grid import FakeGrid
 from tests.statements import signed
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
+MODEL = {name: np.full(shape, 0.5, np.float32) for name, shape in SHAPES.items()}
 ANCHOR = Anchor(sequence=10, head="ten")
 HEAD = "c" * 64
 KEY = new_key()
@@ -60,9 +63,12 @@ def reply(content: RecordDict | Error) -> Message:
     return Message(content, reply_to=Message(RecordDict(), dst_node_id=7, message_type="train"))
 
 
-def parse(records: RecordDict | Error, keys: Path = Path("none")) -> Update | Refused | Failed:
+def parse(
+    records: RecordDict | Error, keys: Path = Path("none"), compression: Compression = "none"
+) -> Update | Refused | Failed:
+    parameters = Parameters(model=MODEL, compression=compression)
     witness = Witness(run="one", task="digits", public_keys=keys)
-    return read(reply(records), "a", anchor=ANCHOR, shapes=SHAPES, witness=witness)
+    return read(reply(records), "a", anchor=ANCHOR, parameters=parameters, witness=witness)
 
 
 def test_an_honest_update_is_one() -> None:

@@ -157,6 +157,85 @@ def test_whoever_sends_rubbish_costs_the_others_one_round_at_most(tmp_path: Path
     assert after[0]["failed"] == {"b": "error 9002: the reply cannot be decoded"}
 
 
+def few_at_once(folder: Path, count: int, **changes: Any) -> Federation:
+    """A round of all five, of whose replies SuperLink may hold so many."""
+    made = config(folder, min_clients=5, fit_clients=5, rounds=2, **changes)
+    return made.model_copy(update={"server": made.server.model_copy(update={"reply_memory_mb": count * 2600e-6})})
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_no_more_are_asked_at_once_than_replies_may_be_held(tmp_path: Path, count: int) -> None:
+    whole, waves = tmp_path / "whole", tmp_path / "waves"
+    for folder in (whole, waves):
+        folder.mkdir()
+    free, bounded = FakeGrid(everyone(*"abcde")), FakeGrid(everyone(*"abcde"))
+    run(few_at_once(whole, 5), free)
+    run(few_at_once(waves, count), bounded)
+    assert free.most_held == 5
+    assert bounded.most_held == count
+    assert bounded.most_pulled == 1  # a sixteenth of them, and always one
+    assert model(waves) == model(whole)
+    assert [line["trained"] for line in rounds(waves)] == [list("abcde")] * 2
+
+
+def test_less_than_one_reply_is_one(tmp_path: Path) -> None:
+    grid = FakeGrid(everyone(*"abcde"))
+    settings = few_at_once(tmp_path, 1)
+    tiny = settings.server.model_copy(update={"reply_memory_mb": 1e-9})
+    run(settings.model_copy(update={"server": tiny}), grid)
+    assert grid.most_held == 1
+
+
+@pytest.mark.parametrize(("seconds", "held"), [(0.0, {1, 2, 3}), (1.5, {5})])
+def test_more_are_asked_while_no_replies_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, held: set[int]
+) -> None:
+    """Where training takes long all train at once; where it does not, SuperLink has few questions to look through."""
+    monkeypatch.setattr("server.nodes._ASKED_FIRST", 1)
+    monkeypatch.setattr("server.nodes._ASKED_MORE", 2)
+    grid = FakeGrid(everyone(*"abcde"))
+    grid.delays = dict.fromkeys("abcde", seconds)
+    run(few_at_once(tmp_path, 5), grid)
+    assert grid.most_held in held
+    assert [line["trained"] for line in rounds(tmp_path)] == [list("abcde")] * 2
+
+
+def test_whoever_hangs_keeps_one_place_and_the_others_are_asked(tmp_path: Path) -> None:
+    grid = FakeGrid(everyone(*"abde") | {"c": lambda *_: None})
+    run(few_at_once(tmp_path, 2, round_deadline_seconds=1.5), grid)
+    for line in rounds(tmp_path):
+        assert line["trained"] == list("abde")
+        assert line["failed"] == {"c": "error 9001: no reply within 1.5 s"}
+
+
+def test_the_deadline_is_of_the_whole_round_and_who_was_not_asked_is_told_apart(tmp_path: Path) -> None:
+    grid = FakeGrid(everyone(*"abcde"))
+    grid.delays = dict.fromkeys("abcde", 0.4)
+    started = time.monotonic()
+    run(few_at_once(tmp_path, 1, round_deadline_seconds=1.0), grid)
+    assert time.monotonic() - started < 8
+    for number, line in enumerate(rounds(tmp_path), 1):
+        asked = {name for round, name in grid.asked if round == number}
+        assert 1 <= len(line["trained"]) <= len(asked) < 5
+        assert {name for name, why in line["failed"].items() if "no reply within 1 s" in why} == asked - {
+            *line["trained"]
+        }
+        unasked = {name for name, why in line["failed"].items() if "not asked before the round's deadline" in why}
+        assert unasked == set("abcde") - asked
+    assert all(member["refusals"] == 0 for member in summary(tmp_path)["partitions"])
+
+
+def test_a_push_over_which_superlink_stumbles_is_sent_again(tmp_path: Path) -> None:
+    grid = FakeGrid(everyone("a", "b"))
+    grid.stumbles = 1
+    run(config(tmp_path), grid)
+    assert [line["trained"] for line in rounds(tmp_path)] == [["a", "b"]] * 4
+    assert len(grid.asked) == 8  # nobody twice in a round
+    grid.stumbles = 2
+    with pytest.raises(RuntimeError, match="500"):
+        run(config(tmp_path, seed=1), grid)
+
+
 def test_updates_that_are_finite_only_one_by_one_are_not_taken(tmp_path: Path) -> None:
     def huge(name: str, message: Any) -> Any:
         content = trains(name, message)
