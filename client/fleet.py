@@ -104,8 +104,8 @@ def unpack(inbound: Inbound) -> Message:
 
 def pack(reply: Message) -> Outbound:
     """The wire form of a reply."""
-    reply.metadata.__dict__["_message_id"] = reply.object_id
-    with no_object_id_recompute():
+    with no_object_id_recompute():  # each part is hashed once
+        reply.metadata.__dict__["_message_id"] = reply.object_id
         return Outbound(
             run_id=reply.metadata.run_id,
             message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
@@ -250,7 +250,8 @@ class Node:
         try:
             objects, left = dict[str, bytes](), self._max_message_bytes
             for tree in iterate_object_tree(response.message_object_trees[0]):
-                objects[tree.object_id] = self._object(metadata.run_id, tree.object_id)
+                pull = self._pull if tree.object_id == metadata.message_id else self._shared  # its head is its own
+                objects[tree.object_id] = pull(metadata.run_id, tree.object_id)
                 left -= len(tree.object_id) + len(objects[tree.object_id])
                 if left < 0:
                     raise BrokenMessage(f"it has over {self._max_message_bytes} bytes (client.max_message_bytes)")
@@ -284,7 +285,7 @@ class Node:
             if not self._call(self._fleet.stub.PushObject, push).stored:
                 raise FleetError(f"the server did not store object {object_id}", retry=False)
 
-    def _object(self, run_id: int, object_id: str) -> bytes:
+    def _shared(self, run_id: int, object_id: str) -> bytes:
         """What the server has under this name. Many partitions are sent the same model: it is pulled once."""
         with self._fleet.objects.pulled_once(object_id):
             content = self._fleet.objects.get(object_id)

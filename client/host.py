@@ -1,5 +1,6 @@
 """The light process of a client: the rota of its partitions, their heartbeats, the exporter. Imports no torch."""
 
+import importlib
 import logging
 import socket
 import threading
@@ -33,6 +34,7 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     Raises:
         HostError: a file or port cannot be had, or no worker can be forked any more.
     """
+    importlib.import_module("dp_accounting")  # not in the first answer to a scrape or a round
     workers = Workers(zygote, policy.training.max_workers)
     address = policy.client.server_address
     authority, metrics = policy.client.ca_certificate, policy.client.metrics_address
