@@ -209,7 +209,7 @@ def test_what_is_kept_is_bounded_and_the_least_used_goes_first() -> None:
     assert [kept.get(named(each)) for each in (first, second, third)] == [first, None, third]
     kept.keep(named(bytes(251)), bytes(251))
     assert kept.get(named(bytes(251))) is None
-    kept.keep(named(first), first)  # twice is once
+    kept.keep(named(third), third)  # twice is once
     assert kept._bytes == 200
 
 
