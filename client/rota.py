@@ -26,7 +26,8 @@ SENDERS = 4  # jobs beyond those that train
 STAGGER_SECONDS = 0.02  # between the joins of two partitions
 BUSY_POLLS, IDLE_POLLS = 100.0, 25.0  # per second, of all partitions together, in a round and between rounds
 FAST_SECONDS = 0.2  # between two polls of a partition, at least
-GROWTH = 1.5  # of that time, as long as there is no message
+GROWTH = 1.5  # of that time, once the round is quiet
+QUIET_TURNS = 2.0  # in which no partition had a message: a server may send a round's bit by bit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,7 @@ class Rota:
         self._interval = [self._pace.fast] * len(members)
         self._failing: set[int] = set()  # a round does not call those who back off
         self._round: tuple[int, str] | None = None
+        self._heard = float("-inf")  # when the last message came
         self._at_work = 0
         self._pollers = [
             threading.Thread(target=self._poll, name=f"poller-{number}", daemon=True)
@@ -117,13 +119,14 @@ class Rota:
             return heapq.heappop(self._due)[1] if self._due else None
 
     def _back(self, number: int, wait: float | None) -> None:
-        """Its next time: after `wait`, or a little later than last time."""
+        """Its next time: after `wait`, or at its own pace."""
         with self._change:
             self._free += 1
             self._failing.discard(number)
             if wait is None:
                 wait = self._interval[number] * jitter()
-                self._interval[number] = min(self._pace.idle, GROWTH * self._interval[number])
+                if time.monotonic() - self._heard > QUIET_TURNS * self._pace.fast:
+                    self._interval[number] = min(self._pace.idle, GROWTH * self._interval[number])
             else:
                 self._failing.add(number)
             heapq.heappush(self._due, (time.monotonic() + wait, number))
@@ -132,6 +135,7 @@ class Rota:
     def _begin(self, number: int, inbound: Inbound) -> None:
         with self._change:
             self._at_work += 1
+            self._heard = time.monotonic()
             self._failing.discard(number)
             if self._round != (inbound.run_id, inbound.group):
                 self._round = inbound.run_id, inbound.group

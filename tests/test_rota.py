@@ -4,6 +4,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,21 @@ def test_the_first_message_of_a_round_calls_the_others(many: Server) -> None:
     assert len(many.polls) < MANY  # who has answered waits for the next round
 
 
+def test_who_is_sent_to_late_in_a_round_is_asked_for_as_often_until_then() -> None:
+    server = Server(16)
+    server.rota._pace = Pace(fast=0.2, idle=30.0)
+    server.rota._interval = [0.2] * 16
+    server.rota.start()
+    for member in server.members:
+        member.messages = [message("7")]
+        time.sleep(0.2)
+    wait_for(lambda: server.served == 16, "the round", 5)
+    asked = server.members[-1].asked
+    assert max(later - sooner for sooner, later in pairwise(asked)) < 1.0  # with growth up to 1.5
+    assert len(server.members[0].asked) <= 4  # who has answered is left alone
+    server.end()
+
+
 def test_no_more_are_at_work_than_can_train_and_send(many: Server) -> None:
     many.held.clear()
     for member in many.members:
@@ -210,7 +226,7 @@ def test_what_is_kept_is_bounded_and_the_least_used_goes_first() -> None:
     kept.keep(named(bytes(251)), bytes(251))
     assert kept.get(named(bytes(251))) is None
     kept.keep(named(third), third)  # twice is once
-    assert kept._bytes == 200
+    assert [kept.get(named(each)) for each in (first, third)] == [first, third]
 
 
 def test_what_nobody_uses_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
