@@ -25,15 +25,15 @@ class Size:
 
 
 SIZES = (
-    Size(clients=10, rounds=10),
-    Size(clients=50, rounds=6),
+    Size(clients=10, rounds=8),
+    Size(clients=50, rounds=5),
     Size(clients=100, rounds=5),
     Size(clients=200, rounds=20),
-    Size(clients=500, rounds=4),
+    Size(clients=500, rounds=3),
     Size(clients=1000, rounds=5, processes=2),
 )
 _RECORDS = 1437  # in the training set of digits
-_WORKER_SECONDS = 5.0  # after which an idle worker ends
+_WORKER_SECONDS = 20.0  # after which an idle worker ends: not in a lull of a round, its CPU would not be counted
 _IDLE_PROCESSES = 2  # of a client without work: host and zygote
 _SETTLE_SECONDS = 60.0
 
