@@ -6,6 +6,8 @@ Two modes, both by Google's dp-accounting, both for neighbours that differ by ad
   chosen after seeing earlier ones (Feldman & Zrnic 2021, arXiv:2008.11193; Lecuyer 2021, arXiv:2103.01379).
 - `fixed`: privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049). Tighter, valid only while every release
   of a ledger uses one `(noise_multiplier, sample_rate)`, which the ledger enforces.
+
+dp-accounting is imported where it is asked: workers, who name releases and account for none, do without its memory.
 """
 
 import logging
@@ -15,9 +17,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 Mode = Literal["fixed", "adaptive"]
 
@@ -98,8 +97,13 @@ def epsilon(mode: Mode, composition: Composition, delta: float) -> float:
     if not composition:
         return 0.0
     if mode == "adaptive":
+        from dp_accounting.rdp import compute_epsilon
+
         rdp = sum(steps * _rdp_of_one_step(mechanism) for mechanism, steps in composition)
         return float(compute_epsilon(ORDERS, rdp, delta)[0])
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
     interval = min(DISCRETIZATION, *(rate / noise / 10 for (noise, rate), _ in composition))
     accountant = PLDAccountant(value_discretization_interval=max(_LEAST_DISCRETIZATION, interval))
     for (noise_multiplier, sample_rate), steps in sorted(composition):
@@ -161,6 +165,9 @@ def _steps_within(budget: float, mechanism: Mechanism, delta: float) -> int:
 
 @lru_cache(maxsize=1024)
 def _rdp_of_one_step(mechanism: Mechanism) -> np.ndarray:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     noise_multiplier, sample_rate = mechanism
     accountant = RdpAccountant(ORDERS)
     accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)))

@@ -5,11 +5,9 @@ SuperNode does. The server's app bundle (FAB) is never asked for. `unpack` and `
 channel: a message is parsed in a process that may die without harm.
 """
 
-import ipaddress
 import json
 import os
-import socket
-import ssl
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,9 +46,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from client.objects import Objects
+from client.reach import is_loopback, why_not
 from common.certificates import PkiError, load_certificate, load_key
 
-HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL / 2
+HEARTBEATS_PER_SECOND = 20.0  # of a process at most: each costs the server milliseconds
 CALL_SECONDS = 60.0
 HEARTBEAT_CALL_SECONDS = 5.0  # one thread does it for all partitions
 OBJECT_SECONDS = 120.0  # for the server to have an object that it announced
@@ -79,6 +79,7 @@ class Inbound:
     run_id: int
     message_id: str
     envelope: bytes  # the message without its content
+    group: str = ""  # the server's name for what it sends at the same time: a round
     objects: dict[str, bytes]  # object id -> content
 
 
@@ -103,8 +104,8 @@ def unpack(inbound: Inbound) -> Message:
 
 def pack(reply: Message) -> Outbound:
     """The wire form of a reply."""
-    reply.metadata.__dict__["_message_id"] = reply.object_id
-    with no_object_id_recompute():
+    with no_object_id_recompute():  # each part is hashed once
+        reply.metadata.__dict__["_message_id"] = reply.object_id
         return Outbound(
             run_id=reply.metadata.run_id,
             message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
@@ -125,20 +126,23 @@ _REFUSED = (
     "register it with the server; one that is registered is refused while another live client uses it,"
     " and for up to a minute after one that was killed; the clocks must agree"
 )
-_CERTIFICATE_FIXES = {  # by OpenSSL's verify codes
-    9: "it is valid from a later time: compare this clock with the server's",
-    10: "on the server: python -m common.pki renew",
-    62: "client.server_address must be one of its names; on the server: python -m common.pki renew --san NAME",
-    64: "client.server_address must be one of its names; on the server: python -m common.pki renew --san ADDRESS",
-}
+
+
+def heartbeat_seconds(partitions: int) -> float:
+    """Between two heartbeats of a partition, in a process with so many."""
+    return max(HEARTBEAT_DEFAULT_INTERVAL / 2, partitions / HEARTBEATS_PER_SECOND)
 
 
 class Fleet:
     """The channel to one server."""
 
-    def __init__(self, address: str, ca_certificate: Path) -> None:
-        """Opens no connection yet. Raises OSError, or PkiError, if the CA's certificate cannot be used."""
+    def __init__(self, address: str, ca_certificate: Path, *, kept_bytes: int = 0) -> None:
+        """Opens no connection yet. `kept_bytes` is for objects that came for one partition and may serve another.
+
+        Raises OSError, or PkiError, if the CA's certificate cannot be used.
+        """
         self.address = address
+        self.objects = Objects(kept_bytes)
         self._ca = ca_certificate
         load_certificate(ca_certificate)  # gRPC would take anything, and then refuse every server
         options: list[tuple[str, Any]] = [
@@ -151,37 +155,34 @@ class Fleet:
         credentials = grpc.ssl_channel_credentials(ca_certificate.read_bytes())
         self._channel = grpc.secure_channel(address, credentials, options=options)
         self.stub = FleetStub(self._channel)
+        self._explaining = threading.Lock()
+        self._explained = float("-inf"), ""  # when, and what
 
     def close(self) -> None:
         self._channel.close()
 
     def explain(self) -> str:
-        """Why the server cannot be reached: one line for a person, found by trying what gRPC tries."""
-        host, port = split_address(self.address)
-        if proxy := proxy_in_the_way(self.address):
-            return f"{self.address}: not reached through the proxy {proxy} (to go without it: no_proxy={host})"
-        try:
-            context = ssl.create_default_context(cafile=str(self._ca))
-            with (
-                socket.create_connection((host, port), timeout=5) as plain,
-                context.wrap_socket(plain, server_hostname=host),
-            ):
-                return f"{self.address}: TLS works, the server does not answer yet"
-        except ssl.SSLCertVerificationError as error:
-            fix = _CERTIFICATE_FIXES.get(error.verify_code, f"{self._ca} is not the CA of this server")
-            return f"{self.address}: the server's certificate is refused: {error.verify_message.rstrip('.')} ({fix})"
-        except ssl.SSLError as error:
-            return f"{self.address}: no TLS: {error.reason or error} (is this the server's Fleet address?)"
-        except (OSError, OverflowError) as error:
-            text = getattr(error, "strerror", None) or error
-            return f"{self.address}: {text} (is the server running, and is client.server_address right?)"
+        """Why the server cannot be reached: one line for a person, not older than a second.
+
+        Many partitions lose a server at the same moment, and each asks.
+        """
+        with self._explaining:
+            when, text = self._explained
+            if time.monotonic() - when > 1.0:
+                text = why_not(self.address, self._ca)
+                self._explained = time.monotonic(), text
+            return text
 
 
 class Node:
     """One partition's place in the fleet, proven by its key in every call."""
 
-    def __init__(self, fleet_: Fleet, key_path: Path, max_message_bytes: int) -> None:
+    def __init__(
+        self, fleet_: Fleet, key_path: Path, max_message_bytes: int, *, heartbeat_seconds: float | None = None
+    ) -> None:
         self._fleet = fleet_
+        # What the server is told: it waits twice as long.
+        self._interval = 2 * heartbeat_seconds if heartbeat_seconds else HEARTBEAT_DEFAULT_INTERVAL
         self._max_message_bytes = max_message_bytes  # of one message with all its objects
         self._key_path = key_path
         self._key: ec.EllipticCurvePrivateKey | None = None
@@ -206,7 +207,7 @@ class Node:
     def activate(self) -> None:
         """Joins the fleet. Refused while the key is not registered, or another live node holds it."""
         public = public_key_to_bytes(self.load_key().public_key())
-        request = fleet.ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        request = fleet.ActivateNodeRequest(public_key=public, heartbeat_interval=self._interval)
         try:
             response = self._call(self._fleet.stub.ActivateNode, request)
         except FleetError as error:
@@ -225,7 +226,7 @@ class Node:
         self._node = None
 
     def heartbeat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=self._interval)
         if not self._call(self._fleet.stub.SendNodeHeartbeat, request, HEARTBEAT_CALL_SECONDS).success:
             raise FleetError("the server does not know this node", retry=True)
 
@@ -249,7 +250,8 @@ class Node:
         try:
             objects, left = dict[str, bytes](), self._max_message_bytes
             for tree in iterate_object_tree(response.message_object_trees[0]):
-                objects[tree.object_id] = self._pull(metadata.run_id, tree.object_id)
+                pull = self._pull if tree.object_id == metadata.message_id else self._shared  # its head is its own
+                objects[tree.object_id] = pull(metadata.run_id, tree.object_id)
                 left -= len(tree.object_id) + len(objects[tree.object_id])
                 if left < 0:
                     raise BrokenMessage(f"it has over {self._max_message_bytes} bytes (client.max_message_bytes)")
@@ -262,6 +264,7 @@ class Node:
             run_id=metadata.run_id,
             message_id=metadata.message_id,
             envelope=message.SerializeToString(),
+            group=_line(metadata.group_id),
             objects=objects,
         )
 
@@ -281,6 +284,15 @@ class Node:
             )  # fmt: skip
             if not self._call(self._fleet.stub.PushObject, push).stored:
                 raise FleetError(f"the server did not store object {object_id}", retry=False)
+
+    def _shared(self, run_id: int, object_id: str) -> bytes:
+        """What the server has under this name. Many partitions are sent the same model: it is pulled once."""
+        with self._fleet.objects.pulled_once(object_id):
+            content = self._fleet.objects.get(object_id)
+            if content is None:
+                content = self._pull(run_id, object_id)
+                self._fleet.objects.keep(object_id, content)
+        return content
 
     def _pull(self, run_id: int, object_id: str) -> bytes:
         request = proto.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
@@ -319,42 +331,3 @@ def _translate(error: grpc.RpcError) -> FleetError:
 def _line(text: str) -> str:
     """A server's text as something that can be logged: printable, on one line, not long."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())[:MAX_TEXT]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port` as host and port."""
-    host, port = address.rsplit(":", 1)
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(address: str) -> bool:
-    host = split_address(address)[0]
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def proxy_in_the_way(address: str) -> str | None:
-    """The proxy, less its password, that gRPC uses for `address`.
-
-    It reads these variables in lower case only, takes the first that is set, be it empty, and speaks plain HTTP to it.
-    """
-    if is_loopback(address):
-        return None
-    host = split_address(address)[0]
-    proxy = _first_set("grpc_proxy", "https_proxy", "http_proxy")
-    exceptions = _first_set("no_grpc_proxy", "no_proxy").split(",")
-    if not proxy.startswith("http://") or any(_excepted(host, entry.strip()) for entry in exceptions if entry.strip()):
-        return None
-    return proxy.removeprefix("http://").rpartition("@")[2]
-
-
-def _first_set(*names: str) -> str:
-    return next((os.environ[name] for name in names if name in os.environ), "")
-
-
-def _excepted(host: str, entry: str) -> bool:
-    """Whether an entry of `no_proxy`, a suffix or a network, covers the host."""
-    if host.lower().endswith(entry.lower()):
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
-    return False

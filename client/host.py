@@ -1,14 +1,19 @@
-"""The light process of a client: a thread per partition, one for heartbeats, the exporter. Imports no torch."""
+"""The light process of a client: the rota of its partitions, their heartbeats, the exporter. Imports no torch."""
 
+import importlib
 import logging
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from itertools import cycle
 
 from client.exporter import application
-from client.fleet import HEARTBEAT_SECONDS, Fleet, proxy_in_the_way
+from client.fleet import Fleet, heartbeat_seconds
 from client.member import Member
-from client.workers import Workers, ZygoteDied
+from client.reach import proxy_in_the_way
+from client.rota import Rota
+from client.workers import Workers
 from common.certificates import PkiError
 from common.config import Policy
 from common.http import serve
@@ -16,7 +21,7 @@ from common.http import serve
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 20.0  # for a round in flight, when asked to stop; what is not done by then stays spent
-STAGGER_SECONDS = 0.02  # between the joins of two partitions
+KEPT_BYTES = 2**28  # of what the server sent, for other partitions of this process
 
 
 class HostError(Exception):
@@ -29,11 +34,13 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     Raises:
         HostError: a file or port cannot be had, or no worker can be forked any more.
     """
+    importlib.import_module("dp_accounting")  # not in the first answer to a scrape or a round
     workers = Workers(zygote, policy.training.max_workers)
     address = policy.client.server_address
     authority, metrics = policy.client.ca_certificate, policy.client.metrics_address
     try:
-        fleet = Fleet(address, authority)
+        # What one partition was sent is kept for the others, if there are any.
+        fleet = Fleet(address, authority, kept_bytes=KEPT_BYTES if len(policy.partitions) > 1 else 0)
     except OSError as error:
         raise HostError(
             f"client.ca_certificate: {authority}: {error.strerror} (the server's operator has it)"
@@ -51,32 +58,22 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     if proxy := proxy_in_the_way(address):
         log.warning("the server %s is reached through the proxy %s (no_proxy names hosts without one)", address, proxy)
 
-    failed: list[str] = []
-
-    def live(member: Member) -> None:
-        while not stop.is_set():
-            try:
-                member.run(stop)
-            except ZygoteDied as error:
-                failed.append(f"no worker can be forked any more: {error} (start this process again)")
-                stop.set()
-            except Exception:
-                log.exception("%s: goes on after an error of ours", member.partition.name)
-                stop.wait(1.0)
-
-    threads = [
-        threading.Thread(target=live, args=(member,), name=member.partition.name, daemon=True) for member in members
-    ]
-    for thread in threads:
-        thread.start()
-        stop.wait(STAGGER_SECONDS)
-    while not stop.wait(HEARTBEAT_SECONDS):
-        for member in members:
-            if not stop.is_set():
-                member.heartbeat()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    rota = Rota(members, policy.training.max_workers, stop)
+    rota.start()
+    _beat(members, fleet, stop)
+    rota.end(LEAVE_SECONDS)
     fleet.close()
-    if failed:
-        raise HostError(failed[0])
+    if rota.failed:
+        raise HostError(rota.failed)
+
+
+def _beat(members: Sequence[Member], fleet: Fleet, stop: threading.Event) -> None:
+    """Heartbeats until `stop` is set, each member's in its turn, spread over the interval."""
+    step = heartbeat_seconds(len(members)) / len(members)
+    due = time.monotonic()
+    for member in cycle(members):
+        due = max(due + step, time.monotonic())
+        if stop.wait(due - time.monotonic()):
+            return
+        member.heartbeat()
+        fleet.objects.forget_unused()

@@ -1,4 +1,4 @@
-"""One partition's life in the fleet: join, wait for a message, have it answered, send the reply. One thread each.
+"""One partition's life in the fleet: join, ask for a message, have it answered, send the reply, as the rota says.
 
 Whatever happens to one partition (an unregistered key, a ledger that cannot be trusted) the others go on.
 """
@@ -10,7 +10,7 @@ import time
 
 from client.conversation import Conversation
 from client.dialogue import Job
-from client.fleet import BrokenMessage, Fleet, FleetError, Inbound, Node, Outbound, failure
+from client.fleet import BrokenMessage, Fleet, FleetError, Inbound, Node, Outbound, failure, heartbeat_seconds
 from client.ledger import Ledger, LedgerError
 from client.statement.making import Signer
 from client.workers import WorkerDied, Workers
@@ -19,9 +19,9 @@ from common.messages import Reason
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2  # after a message; grows to the idle interval
 SEND_TRIES = 5
 BACK_OFF_SECONDS = (1.0, 10.0)
+BROKEN_SECONDS = 0.2  # after a message that could not be had
 
 
 class Member:
@@ -39,39 +39,40 @@ class Member:
         self._fleet = fleet
         self._workers = workers
         self._ledger: Ledger | None = None
-        self._node = Node(fleet, policy.key_path(partition.name), policy.client.max_message_bytes)
+        self._node = Node(
+            fleet,
+            policy.key_path(partition.name),
+            policy.client.max_message_bytes,
+            heartbeat_seconds=heartbeat_seconds(len(policy.partitions)),
+        )
         self._signer = Signer(policy, partition.name)
-        self._idle_seconds = min(3.0, 0.3 + 0.02 * len(policy.partitions))
+        self._delay = BACK_OFF_SECONDS[0]
         self._said = ""
         self._open_ledger()
 
-    def run(self, stop: threading.Event) -> None:
-        """Serves until `stop` is set."""
-        delay = BACK_OFF_SECONDS[0]
-        poll = POLL_SECONDS
-        while not stop.is_set():
-            try:
-                if not self._node.active:
-                    self._node.activate()
-                inbound = self._node.receive()
-            except FleetError as error:
-                self._not_connected(error)
-                stop.wait(delay * _jitter())
-                delay = min(BACK_OFF_SECONDS[1], 2 * delay)
-                continue
-            except BrokenMessage as error:
-                log.warning("%s: a message stays unanswered: %s", self.partition.name, error)
-                stop.wait(poll)
-                continue
-            delay = BACK_OFF_SECONDS[0]
-            self._connected()
-            if inbound is None:
-                stop.wait(poll * _jitter())
-                poll = min(self._idle_seconds, 1.2 * poll)
-                continue
-            poll = POLL_SECONDS
-            self._serve(inbound, stop)
-        self._leave()
+    def poll(self) -> tuple[Inbound | None, float | None]:
+        """The next message if there is one; and after a failure the seconds after which to ask again.
+
+        Joins the fleet where the node is not in it.
+        """
+        try:
+            if not self._node.active:
+                self._node.activate()
+            inbound = self._node.receive()
+        except FleetError as error:
+            self._not_connected(error)
+            wait, self._delay = self._delay * jitter(), min(BACK_OFF_SECONDS[1], 2 * self._delay)
+            return None, wait
+        except BrokenMessage as error:
+            log.warning("%s: a message stays unanswered: %s", self.partition.name, error)
+            return None, BROKEN_SECONDS
+        self._delay = BACK_OFF_SECONDS[0]
+        self._connected()
+        return inbound, None
+
+    def serve(self, inbound: Inbound, stop: threading.Event) -> None:
+        """Has a message answered and sends the reply. Raises ZygoteDied where no worker can be had."""
+        self._serve(inbound, stop)
 
     def key_problem(self) -> str | None:
         """What is wrong with the partition's key; it is looked for again until it is right."""
@@ -82,13 +83,23 @@ class Member:
         return None
 
     def heartbeat(self) -> None:
-        """Tells the server that this node lives. Called for all members by one thread."""
+        """Tells the server that this node lives. Called for all members by one thread, whatever they are at."""
         if not self._node.active:
             return
         try:
             self._node.heartbeat()
         except FleetError as error:
             log.debug("%s: heartbeat: %s", self.partition.name, error)
+
+    def leave(self) -> None:
+        """Leaves the fleet and gives the ledger free."""
+        self.connected = False
+        try:
+            self._node.deactivate()
+        except FleetError as error:
+            log.debug("%s: leaving: %s", self.partition.name, error)
+        if self._ledger is not None:
+            self._ledger.close()
 
     def _serve(self, inbound: Inbound, stop: threading.Event) -> None:
         started = time.monotonic()
@@ -127,7 +138,7 @@ class Member:
             except FleetError as error:
                 if error.retry:
                     self._not_connected(error)
-                    if attempt + 1 < SEND_TRIES and not stop.wait(2.0**attempt * _jitter()):
+                    if attempt + 1 < SEND_TRIES and not stop.wait(2.0**attempt * jitter()):
                         continue
                 log.warning("%s: a reply is given up: %s", self.partition.name, error)
                 return
@@ -164,15 +175,6 @@ class Member:
             text = str(error)
         self._say(f"not connected: {text}", logging.WARNING)
 
-    def _leave(self) -> None:
-        self.connected = False
-        try:
-            self._node.deactivate()
-        except FleetError as error:
-            log.debug("%s: leaving: %s", self.partition.name, error)
-        if self._ledger is not None:
-            self._ledger.close()
-
     def _say(self, text: str, level: int = logging.INFO) -> None:
         """Logs a state once, not each time it is met again."""
         if text != self._said:
@@ -180,6 +182,6 @@ class Member:
             log.log(level, "%s: %s", self.partition.name, text)
 
 
-def _jitter() -> float:
+def jitter() -> float:
     """Keeps the partitions of many processes from calling at the same moment."""
     return random.uniform(0.75, 1.25)  # noqa: S311 (not secret)

@@ -16,6 +16,7 @@ from client import gpu
 from client.accounting import Release
 from client.gradients import MODES, ClippedSums, Loss, trainable
 from client.noise import SecureGenerator
+from client.sgd import Sgd
 from common.config import GradientMode
 from common.tasks import Data
 
@@ -80,7 +81,7 @@ def train(
     model.train()
     most = step.physical_batch_size
     sums = MODES[step.gradient_mode](model, loss, step.max_grad_norm)
-    optimizer = SecureDPOptimizer(torch.optim.SGD(trainable(model), lr=step.learning_rate), generator, release, step)
+    optimizer = SecureDPOptimizer(Sgd(trainable(model), lr=step.learning_rate), generator, release, step)
     try:
         for _ in range(release.steps):
             drawn = generator.poisson_mask(len(data.inputs), release.sample_rate).nonzero().squeeze(1)

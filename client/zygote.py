@@ -57,6 +57,7 @@ def fork_worker(zygote: socket.socket) -> Connection:
 def _zygote(policy: Policy, requests: socket.socket) -> None:
     os.environ.update(_ENVIRONMENT)
     _say_no_values()
+    importlib.import_module("client.lean_opacus")
     serve = importlib.import_module("client.job").serve  # torch, opacus, flwr and the worker's own code
     _preload(policy.task)
     threads = len(os.listdir("/proc/self/task"))
@@ -83,7 +84,7 @@ def _preload(task: str) -> None:
     """Imports what the task will need: seconds in each worker, once here. What is wrong with it, a worker will say."""
     from common.tasks import SHIPPED, TaskError, load_task  # numpy's threads: not before the environment is set
 
-    if task in SHIPPED:
+    if task in SHIPPED and task.endswith("_dirichlet"):
         importlib.import_module("flwr_datasets.partitioner")
     with suppress(TaskError):
         load_task(task, Path())

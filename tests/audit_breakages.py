@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import dp_accounting
 import pytest
 import torch
 
@@ -92,8 +93,8 @@ def sampled_at_twice_the_rate(patch: Patch) -> None:
 
 
 def accounted_at_half_the_rate(patch: Patch) -> None:
-    shipped = accounting.PoissonSampledDpEvent
-    patch.setattr(accounting, "PoissonSampledDpEvent", lambda rate, event: shipped(rate / 2, event))
+    shipped = dp_accounting.PoissonSampledDpEvent
+    patch.setattr(dp_accounting, "PoissonSampledDpEvent", lambda rate, event: shipped(rate / 2, event))
 
 
 def charged_for_half_the_steps(patch: Patch) -> None:

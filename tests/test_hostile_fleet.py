@@ -63,10 +63,10 @@ def public_key(path: Path) -> bytes:
     return public_key_to_bytes(load_ssh_public_key(path.read_bytes()))  # type: ignore[arg-type]
 
 
-def question(**changes: Any) -> Message:
+def question(arrays: ArrayRecord | None = None, **changes: Any) -> Message:
     """An honest request with some keys of its proposal changed."""
     proposal = Proposal(task=TASK, round=1, steps=2, learning_rate=16.0, anchor_sequence=0, anchor_head="")
-    arrays = ArrayRecord({name: Array(weight) for name, weight in weights().items()})
+    arrays = arrays or ArrayRecord({name: Array(weight) for name, weight in weights().items()})
     content = request(arrays, Proposal(**asdict(proposal) | changes))
     metadata = Metadata(
         run_id=1, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="", group_id="1",
@@ -222,6 +222,26 @@ def test_a_malformed_message_costs_nothing_and_ends_nothing(wire: Wire, lie: Cal
     wire.alive()
     assert (wire.sequences(), wire.records_read()) == (before, read)
     assert wire.fleet.joins == joins, "a partition had to join again"
+
+
+def test_what_partitions_are_all_sent_is_pulled_once_and_never_under_a_false_name(wire: Wire) -> None:
+    arrays = ArrayRecord({name: Array(weight + 0.125) for name, weight in weights().items()})
+    packed = [pack(question(arrays, task="another")) for _ in range(4)]
+    shared = set.intersection(*(set(each.objects) for each in packed))
+    assert len(shared) >= 2
+
+    false = Sent.whole(packed[0])  # under the names of what the other is sent next
+    false.objects |= {name: false.objects[name][:-1] + b"!" for name in shared}
+    wire.tell(VICTIM, false)
+    reply = wire.hear(VICTIM)
+    assert reply is not None
+    assert reply.has_error()
+    for partition, sent in ((OTHER, packed[1]), (VICTIM, packed[2]), (OTHER, packed[3])):
+        wire.tell(partition, Sent.whole(sent))
+        reply = wire.hear(partition)
+        assert reply is not None
+        assert reply.content[REFUSAL]["reason"] == "policy"
+    assert {wire.fleet.pulled[name] for name in shared} == {2}  # the false one, and a true one for all three
 
 
 def test_an_error_of_the_servers_is_one_clean_line(wire: Wire) -> None:

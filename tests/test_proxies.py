@@ -14,7 +14,8 @@ import grpc
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 
-from client.fleet import Fleet, proxy_in_the_way
+from client.fleet import Fleet
+from client.reach import proxy_in_the_way
 from common import pki
 from tests.federation import federation, free_ports, wait_for
 from tests.hostile.fleet import serving
@@ -89,7 +90,8 @@ def test_loopback_is_reached_without_the_proxy(tmp_path: Path, proxy: Proxy) -> 
 
 def test_a_loopback_that_were_not_known_as_such_would_be_noticed(tmp_path: Path, proxy: Proxy) -> None:
     blind = (
-        "import sys; from client import __main__, fleet; fleet.is_loopback = lambda _: False; sys.exit(__main__.main())"
+        "import sys; from client import __main__, fleet, reach;"
+        " fleet.is_loopback = reach.is_loopback = lambda _: False; sys.exit(__main__.main())"
     )
     with federation(tmp_path) as run, serving(admitting(run), run.fleet, tmp_path / "state/pki"):
         run.start("client", "-c", blind, "--policy", "policy.yaml", **variables(proxy, "http_proxy"))

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
+from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import CIFAR10
 
 from common.tasks import SHIPPED, Data, TaskError, load_task
 from common.tasks.cifar10 import Cifar10
-from common.tasks.digits import Digits
+from common.tasks.digits import Digits, _digits
 from common.tasks.fashion_mnist import DEBIAN, FashionMnist
 from common.tasks.partition import dirichlet, iid
 
@@ -135,6 +138,22 @@ def test_partitions_are_disjoint_and_cover_everything(split, partitions: int) ->
 def test_a_partition_is_always_the_same(split) -> None:
     assert split(LABELS, 3, 10) == split(LABELS, 3, 10)
     assert split(LABELS, 3, 10) != split(LABELS, 4, 10)
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 7, 10, 333])
+def test_iid_shares_are_those_of_flowers_partitioner(partitions: int) -> None:
+    order = np.random.RandomState(20240229).permutation(len(LABELS))
+    flowers = IidPartitioner(num_partitions=partitions)
+    flowers.dataset = Dataset.from_dict({"index": order})
+    for partition in range(partitions):
+        assert iid(LABELS, partition, partitions) == list(flowers.load_partition(partition)["index"])
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    bunch = load_digits()
+    images, labels = _digits()
+    assert np.array_equal(images, bunch.images)
+    assert np.array_equal(labels, bunch.target)
 
 
 def test_a_record_never_moves_to_another_partition() -> None:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,6 +47,7 @@ class LyingFleet(FleetServicer):
     outbox: dict[bytes, deque[Sent | str]] = field(default_factory=dict)  # a text: PullMessages fails with it
     inbox: dict[bytes, "queue.Queue[Message]"] = field(default_factory=dict)
     joins: dict[bytes, int] = field(default_factory=dict)
+    pulled: Counter[str] = field(default_factory=Counter)  # how often each object was asked for
     others: list[str] = field(default_factory=list)  # names of calls that no client of ours makes
     moving: threading.Event = field(default_factory=threading.Event)  # while it is clear, no call is answered
     _keys: list[bytes] = field(default_factory=list)
@@ -85,6 +86,7 @@ class LyingFleet(FleetServicer):
         return fleet.PullMessagesResponse(messages_list=[sent.message], message_object_trees=sent.trees)
 
     def PullObject(self, request: Any, _: Any) -> Any:
+        self.pulled[request.object_id] += 1
         content = self._sent[request.node.node_id].objects.get(request.object_id)
         if content is None:
             return proto.PullObjectResponse(object_found=False)
