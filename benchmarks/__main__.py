@@ -12,7 +12,7 @@ from benchmarks import report
 from benchmarks.processes import OtherPrograms
 from benchmarks.programs import BenchmarkError, Unavailable
 
-NAMES = ("step", "gpu", "message", "fleet", "accuracy")
+NAMES = ("step", "data_path", "gpu", "message", "fleet", "accuracy")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -155,7 +155,7 @@ class Shifted(Digits):
 def policy(task: type, folder: Path) -> Policy:
     return Policy.model_validate(
         {
-            "task": f"{__name__}:{task.__name__}", "data_root": folder, "training": {"device": "cpu"},
+            "task": f"{task.__module__}:{task.__name__}", "data_root": folder, "training": {"device": "cpu"},
             "privacy": {
                 "epsilon": 8.0, "delta": 1e-5, "noise_multiplier": 1.0, "max_grad_norm": 0.5, "batch_size": 64,
                 "records": 718, "max_steps_per_round": 4,

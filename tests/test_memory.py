@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
-from client import memory, training
+from client import app, memory, training
 from client.gradients import MODES
 from client.gradients.hooks import Hooks
 from client.memory import free_bytes, ran_out, rehearse
 from client.policy import Refused
 from client.training import train
-from common.messages import Reason
+from common.messages import Proposal, Reason, request
+from common.tasks.digits import Digits
+from tests.test_gpu import Untouched
+from tests.test_inputs import policy
 from tests.test_training import LOSS, RECORDS, Chosen, by_hand, data, flat, network, release, step
 
 MB = 2**20
@@ -145,6 +149,20 @@ def test_other_errors_of_a_rehearsal_stay_errors() -> None:
 def test_without_the_kernels_word_the_policys_number_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     assert fitting(Costly(MB)) == 256
+
+
+def test_a_worker_plans_by_it_before_a_charge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terms = policy(Digits, tmp_path)
+    monkeypatch.setattr(memory, "_used", lambda _passes, inputs, _targets: MB * len(inputs))
+    monkeypatch.setattr(memory, "free_bytes", lambda: 200 * MB)
+    _, size = app.Bench(policy=terms).plan(torch.device("cpu"))
+    assert size == 64  # of 256, since two workers share 160 MB
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    arrays = ArrayRecord({"1.weight": Array(torch.zeros(10, 64).numpy())})
+    proposal = Proposal(task=terms.task, round=1, steps=1, learning_rate=1.0, anchor_sequence=0, anchor_head="")
+    with pytest.raises(Refused) as refused:
+        app.train_round(request(arrays, proposal), "m", app.Bench(policy=terms), terms.partitions[0], Untouched())
+    assert refused.value.reason is Reason.MEMORY
 
 
 # Memory that runs out in a step
