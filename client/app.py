@@ -17,10 +17,11 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from client import gpu
+from client import gpu, memory
 from client.accounting import Release
 from client.fingerprint import fingerprint, owner_key
 from client.gradients import MODES, Loss, Unsupported, choose, require
+from client.input_check import check_inputs
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
@@ -31,6 +32,7 @@ from common.compression import pack
 from common.config import GradientMode, Partition, Policy
 from common.messages import MessageError, Proposal, Reason, Standing
 from common.tasks import Data, Task, TaskError, load_task
+from common.tasks.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,10 @@ class Bench:
         if self._task is None:
             try:
                 task = load_task(self.policy.task, self.policy.data_root)
-                public = task.test_data()
-                check_model(task.model(), task.loss, public.inputs[:PROBE_RECORDS], public.targets[:PROBE_RECORDS])
+                inputs, public = Inputs.of(task), task.test_data()
+                few = public.inputs[:PROBE_RECORDS]
+                check_inputs(inputs, few)
+                check_model(task.model(), task.loss, _made(inputs, few), public.targets[:PROBE_RECORDS])
             except ModelRefused as error:
                 raise Refused(Reason.MODEL, str(error)) from None
             except TaskError as error:
@@ -77,26 +81,33 @@ class Bench:
     def plan(self, device: torch.device) -> tuple[GradientMode, int]:
         """How to compute clipped sums, and of how many records at once. Found with public records, before a charge.
 
-        The mode is the policy's or, tried once, the fastest. The number is the policy's, less where a GPU is short.
+        The mode is the policy's or, tried once, the fastest. The number is the policy's, less where memory is short.
         """
         if self._plan is None:
             training, task = self.policy.training, self.task()
             model, bound = task.model().to(device).train(), float(self.policy.privacy.max_grad_norm)
             public = task.test_data()
             tried = min(self.policy.privacy.batch_size, training.physical_batch_size, MOST_TRIED)
-            inputs, targets = (part[:tried].to(device) for part in (public.inputs, public.targets))
+            raw, targets = (part[:tried].to(device) for part in (public.inputs, public.targets))
+            inputs = Inputs.of(task)
             if self.gradient_mode is None:
-                self.gradient_mode = _choose(training.gradient_mode, model, task.loss, inputs, targets, bound)
-            size = training.physical_batch_size
-            if gpu.is_shared(device):
-                sums = MODES[self.gradient_mode](model, task.loss, bound)
-                try:
-                    records = self.policy.privacy.records
-                    size = gpu.rehearse(sums, inputs, targets, most=size, records=records)
-                finally:
-                    sums.close()
+                made = _made(inputs, raw)
+                self.gradient_mode = _choose(training.gradient_mode, model, task.loss, made, targets, bound)
+            sums = MODES[self.gradient_mode](model, task.loss, bound)
+            try:
+                size = self._fitting(lambda part, of: sums(_made(inputs, part), of), raw, targets)
+            finally:
+                sums.close()
             self._plan = self.gradient_mode, size
         return self._plan
+
+    def _fitting(self, passes: gpu.Pass, raw: Tensor, targets: Tensor) -> int:
+        """How many records a pass may take at once; a partition's records take their room beside it."""
+        training, records = self.policy.training, self.policy.privacy.records
+        most = training.physical_batch_size
+        if gpu.is_shared(raw.device):
+            return gpu.rehearse(passes, raw, targets, most=most, records=records)
+        return memory.rehearse(passes, raw, targets, most=most, records=records, workers=training.max_workers)
 
     def data(self, partition: Partition, device: torch.device) -> Data:
         """The partition's records on `device`. Called only after the charge."""
@@ -172,6 +183,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
             gradient_mode=mode,
         ),
         generator=SecureGenerator(),
+        inputs=Inputs.of(bench.task()),
     )
     noised = {name: value.detach().cpu().numpy() for name, value in trainable(model).items()}
     trained = pack(noised, lambda name: arrays[name].numpy(), proposal.compression)  # type: ignore[arg-type]
@@ -200,6 +212,11 @@ def _choose(wanted: str, model: nn.Module, loss: Loss, inputs: Tensor, targets: 
     except Unsupported as error:
         raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (use auto)") from None
     return wanted  # type: ignore[return-value]
+
+
+def _made(inputs: Inputs, raw: Tensor) -> Tensor:
+    """What the model takes in training of the public records `raw`."""
+    return inputs.training(raw.clone(), inputs.draw(len(raw), raw.device))
 
 
 def _parse(content: RecordDict) -> tuple[Proposal, ArrayRecord]:

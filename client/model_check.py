@@ -26,9 +26,9 @@ from client.layer_trace import (
     trace,
 )
 
-__all__ = ["ModelRefused", "check_model"]
+__all__ = ["RECORDS", "ModelRefused", "check_model", "resampled"]
 
-_RECORDS = 5  # a prime, so that another dimension is rarely taken for the batch
+RECORDS = 5  # a prime, so that another dimension is rarely taken for the batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,8 +50,8 @@ def check_model(model: nn.Module, loss: Loss, example_inputs: Tensor, example_ta
         raise ValueError("expected example_inputs to differ, found copies of one record")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         model = copy.deepcopy(model).cpu().train()
-        inputs, others = (_resampled(example_inputs.cpu(), seed) for seed in (0, 1))
-        targets = example_targets.cpu()[torch.arange(_RECORDS) % len(example_targets)]
+        inputs, others = (resampled(example_inputs.cpu(), seed) for seed in (0, 1))
+        targets = example_targets.cpu()[torch.arange(RECORDS) % len(example_targets)]
         _check_layers(model)
         _check_forward(model, loss, inputs, targets)
         _check_other_records(model, loss, inputs, targets, others)
@@ -82,9 +82,9 @@ def _check_forward(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor
                 f"buffer {name} of {owner(model, name)} changes in training, and buffers get no noise: make it constant"
             )
     losses = loss(outputs, targets)
-    if losses.shape != (_RECORDS,):
+    if losses.shape != (RECORDS,):
         raise ModelRefused(
-            f"the loss must be one value per record, shape [{_RECORDS}], found {list(losses.shape)}: use "
+            f"the loss must be one value per record, shape [{RECORDS}], found {list(losses.shape)}: use "
             "reduction='none' and average over all but the first dimension"
         )
     if not losses.isfinite().all():
@@ -99,7 +99,7 @@ def _check_forward(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor
 def _check_other_records(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, others: Tensor) -> None:
     """A record's output and loss stay the same when all other records are replaced."""
     outputs, calls = trace(model, inputs)
-    for i in range(_RECORDS):
+    for i in range(RECORDS):
         changed_inputs, changed_targets = others.clone(), targets.roll(1, 0)
         changed_inputs[i], changed_targets[i] = inputs[i], targets[i]
         changed, changed_calls = trace(model, changed_inputs)
@@ -113,7 +113,7 @@ def _check_other_records(model: nn.Module, loss: Loss, inputs: Tensor, targets: 
 def _check_batch_size(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
     """A record's output and loss are the same in a batch of one: what is absent has no influence either."""
     outputs, calls = trace(model, inputs)
-    for i in range(_RECORDS):
+    for i in range(RECORDS):
         alone, alone_calls = trace(model, inputs[i : i + 1])
         if not close(outputs[i], alone[0]):
             culprit = first_difference(calls, i, alone_calls, 0) or describe(model, "")
@@ -128,13 +128,13 @@ def _check_batch_size(model: nn.Module, loss: Loss, inputs: Tensor, targets: Ten
 def _check_gradients(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
     """Opacus' gradients of a batch are autograd's gradients of one record at a time."""
     batch = _opacus_gradients(model, loss, inputs, targets)
-    for i in range(_RECORDS):
+    for i in range(RECORDS):
         alone = _gradients(model, loss(trace(model, inputs[i : i + 1])[0], targets[i : i + 1]).sum())
         negligible = 1e-6 * max((float(g.abs().max()) for g in alone.values() if g is not None), default=0.0)
         for name, gradient in alone.items():
             found = batch[name]
             expected = torch.zeros_like(model.get_parameter(name)) if gradient is None else gradient
-            whole = isinstance(found, Tensor) and len(found) == _RECORDS
+            whole = isinstance(found, Tensor) and len(found) == RECORDS
             if not (whole and close(expected, found[i], 1e-3, negligible)):
                 raise ModelRefused(
                     f"parameter {name} of {owner(model, name)} gets a wrong per-record gradient by Opacus: "
@@ -179,8 +179,8 @@ def _gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor | None]:
     return dict(zip(parameters, gradients, strict=True))
 
 
-def _resampled(examples: Tensor, seed: int) -> Tensor:
-    """Made-up records [_RECORDS, ...]: each entry is a random example's, so it is valid in its place."""
+def resampled(examples: Tensor, seed: int) -> Tensor:
+    """Made-up records [RECORDS, ...]: each entry is a random example's, so it is valid in its place."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(examples), (_RECORDS, *examples.shape[1:]), generator=generator)
+    chosen = torch.randint(len(examples), (RECORDS, *examples.shape[1:]), generator=generator)
     return examples.gather(0, chosen)

@@ -30,7 +30,7 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"  # this message was charged before
     MODEL = "model"  # the parameters do not fit the client's own model, or that model is not private
     DATA = "data"  # the client's data cannot be read
-    MEMORY = "memory"  # the GPU has no room for a step now
+    MEMORY = "memory"  # there is no room for a step now, on the GPU or the CPU
 
 
 class MessageError(ValueError):

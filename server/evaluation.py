@@ -5,6 +5,7 @@ import math
 import torch
 
 from common.tasks import Task, TaskError
+from common.tasks.inputs import Inputs
 from server.checkpoint import Arrays
 
 _CHUNK = 1024  # records per forward pass
@@ -18,6 +19,7 @@ class Evaluation:
         self._task = task
         self._model = task.model().eval()
         self._test = task.test_data()
+        self._inputs = Inputs.of(task)
         self._trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         for name, parameter in self._trainable.items():
             if parameter.dtype != torch.float32:
@@ -36,7 +38,7 @@ class Evaluation:
             for start in range(0, len(self._test), _CHUNK):
                 inputs = self._test.inputs[start : start + _CHUNK]
                 targets = self._test.targets[start : start + _CHUNK]
-                outputs = self._model(inputs)
+                outputs = self._model(self._inputs.evaluation(inputs))
                 loss += float(self._task.loss(outputs, targets).sum(dtype=torch.float64))
                 if classes:
                     right += int((outputs.argmax(dim=1) == targets).sum())

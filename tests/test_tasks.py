@@ -17,6 +17,7 @@ from common.tasks import SHIPPED, Data, TaskError, load_task
 from common.tasks.cifar10 import Cifar10
 from common.tasks.digits import Digits, _digits
 from common.tasks.fashion_mnist import DEBIAN, FashionMnist
+from common.tasks.inputs import Inputs
 from common.tasks.partition import dirichlet, iid
 
 LABELS = torch.arange(1437) % 10
@@ -48,15 +49,16 @@ def test_the_digits_can_be_learned(tmp_path: Path) -> None:
     """Without noise the model must leave room for noise; against shuffled labels it must learn nothing."""
     task, generator = Digits(tmp_path), torch.Generator().manual_seed(0)
     train, test = task.load(train=True), task.test_data()
+    seen, unseen = (task.prepare(part.inputs) for part in (train, test))
 
     def accuracy(targets: torch.Tensor) -> float:
         model = task.model()
         optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
         for _ in range(100):
             optimizer.zero_grad()
-            task.loss(model(train.inputs), targets).mean().backward()
+            task.loss(model(seen), targets).mean().backward()
             optimizer.step()
-        return (model(test.inputs).argmax(1) == test.targets).float().mean().item()
+        return (model(unseen).argmax(1) == test.targets).float().mean().item()
 
     assert accuracy(train.targets) > 0.93
     assert accuracy(train.targets[torch.randperm(len(train), generator=generator)]) < 0.4
@@ -213,8 +215,9 @@ def mixes_records(model: nn.Module, inputs: torch.Tensor, others: torch.Tensor) 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_model_mixes_records(name: str, tmp_path: Path) -> None:
-    model = load_task(name, tmp_path).model()
-    assert not mixes_records(model, images(name), images(name, seed=1))
+    task = load_task(name, tmp_path)
+    inputs, others = (Inputs.of(task).evaluation(images(name, seed=seed)) for seed in (0, 1))
+    assert not mixes_records(task.model(), inputs, others)
 
 
 def test_the_mixing_test_notices_batch_norm() -> None:
@@ -234,7 +237,8 @@ def test_opacus_finds_the_gradient_of_each_loss(name: str, tmp_path: Path) -> No
     """Oracle: autograd, one record at a time."""
     from opacus import GradSampleModule
 
-    task, inputs, targets = load_task(name, tmp_path), images(name), torch.arange(6)
+    task, targets = load_task(name, tmp_path), torch.arange(6)
+    inputs = Inputs.of(task).evaluation(images(name))
     model = task.model()
     single = []
     for i in range(len(targets)):
@@ -261,6 +265,16 @@ class OwnTask(Digits):
     """What a user might bring; found below under this module's name."""
 
 
+class StillTask(Digits):
+    """Its `augment` has no random numbers to go by."""
+
+    augment = staticmethod(torch.add)
+
+
+class StiffTask(Digits):
+    prepare = torch.zeros(1)  # type: ignore[assignment]
+
+
 class HalfTask:
     def __init__(self, _: Path) -> None:
         self.model = nn.Identity
@@ -283,6 +297,8 @@ def test_a_user_brings_a_task(tmp_path: Path) -> None:
         (":Task", "cannot import ''"),
         (f"{__name__}:Absent", "no class or function 'Absent'"),
         (f"{__name__}:LABELS", "no class or function 'LABELS'"),
+        (f"{__name__}:StillTask", "StillTask.augment needs draws, 1 or more for each record, found None"),
+        (f"{__name__}:StiffTask", "StiffTask.prepare is no method"),
         (f"{__name__}:HalfTask", "returned HalfTask, which lacks train_data, test_data, nominal_records"),
     ],
 )

@@ -1,10 +1,11 @@
 """CIFAR-10 through torchvision's loader, from a local copy: nothing is downloaded."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
-from common.tasks.classification import Classification, Scale
+from common.tasks.augment import crop, flip
+from common.tasks.classification import Classification
 from common.tasks.protocol import Data, TaskError
 
 
@@ -12,15 +13,20 @@ class Cifar10(Classification):
     """50 000 photographs to train on, 10 000 to test; 32x32 colour pixels."""
 
     records = 50_000
+    draws = 3  # per record: flip, crop down, crop right
 
     def model(self) -> nn.Module:
         """Return LeNet's shape with tanh, average pooling and group norm, which does not mix records."""
         return nn.Sequential(
-            Scale(),
             *(nn.Conv2d(3, 6, 5), nn.Tanh(), nn.AvgPool2d(2), nn.GroupNorm(2, 6)),  # [n, 6, 14, 14]
             *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.GroupNorm(4, 16)),  # [n, 16, 5, 5]
             *(nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
         )
+
+    def augment(self, inputs: Tensor, draws: Tensor) -> Tensor:
+        """Flip and shift each by up to 4 pixels: He et al. 2016, arXiv:1512.03385."""
+        mirror, down, right = draws.unbind(1)
+        return crop(flip(inputs, mirror), 4, down, right)
 
     def load(self, *, train: bool) -> Data:
         try:

@@ -26,6 +26,10 @@ class Classification(ABC):
     @abstractmethod
     def model(self) -> nn.Module: ...
 
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """uint8 pixels to floats in [-1, 1]: constants, since a mean over a batch would mix its records."""
+        return inputs.float().mul_(1 / 127.5).sub_(1)
+
     @abstractmethod
     def load(self, *, train: bool) -> Data:
         """Return the whole training or test set."""
@@ -45,10 +49,3 @@ class Classification(ABC):
         if not 1 <= partitions <= self.records:
             raise ValueError(f"expected partitions={partitions} in [1, {self.records}]")
         return self.records // partitions
-
-
-class Scale(nn.Module):
-    """uint8 pixels to floats in [-1, 1]: constants, since a mean over a batch would mix its records."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.float() / 127.5 - 1

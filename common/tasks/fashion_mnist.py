@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from torchvision.datasets import FashionMNIST
 
-from common.tasks.classification import Classification, Scale
+from common.tasks.classification import Classification
 from common.tasks.protocol import Data, TaskError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
@@ -28,7 +28,6 @@ class FashionMnist(Classification):
     def model(self) -> nn.Module:
         """Return the small CNN with tanh of Papernot et al. 2020, arXiv:2007.14191."""
         return nn.Sequential(
-            Scale(),
             *(nn.Conv2d(1, 16, 8, stride=2, padding=2), nn.Tanh(), nn.MaxPool2d(2, 1)),  # [n, 16, 12, 12]
             *(nn.Conv2d(16, 32, 4, stride=2), nn.Tanh(), nn.MaxPool2d(2, 1)),  # [n, 32, 4, 4]
             *(nn.Flatten(), nn.Linear(512, 32), nn.Tanh(), nn.Linear(32, 10)),

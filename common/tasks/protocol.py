@@ -46,10 +46,20 @@ class Data:
 
 
 class Task(Protocol):
-    """What a user brings. No record may influence another's output: the clipping bound rests on it."""
+    """What a user brings. No record may influence another's output: the clipping bound rests on it.
+
+    Optional, all on the device where the model is, and of each record by itself (common.tasks.inputs):
+
+        def prepare(self, inputs: Tensor) -> Tensor
+            Raw records [k, ...] to what the model takes, say uint8 pixels to floats: the server's evaluation, too.
+        draws: int
+        def augment(self, inputs: Tensor, draws: Tensor) -> Tensor
+            A random change of raw records in training, before `prepare`; row i of `draws` [k, self.draws], independent
+            numbers in [0, 1), is for record i. It may use no other chance.
+    """
 
     def model(self) -> nn.Module:
-        """Return a new model; it takes `Data.inputs` as they are, so normalising is its first layer."""
+        """Return a new model; it takes what `prepare` makes of `Data.inputs`, or them as they are without it."""
         ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -84,7 +94,18 @@ def load_task(spec: str, root: Path) -> Task:
     missing = [method for method in _METHODS if not callable(getattr(task, method, None))]
     if missing:
         raise TaskError(f"task: {spec!r} returned {type(task).__name__}, which lacks {', '.join(missing)}")
+    _check_optional(spec, task)
     return cast(Task, task)
+
+
+def _check_optional(spec: str, task: Any) -> None:
+    for method in ("prepare", "augment"):
+        if hasattr(task, method) and not callable(getattr(task, method)):
+            raise TaskError(f"task: {spec!r}: {type(task).__name__}.{method} is no method")
+    draws = getattr(task, "draws", None)
+    if hasattr(task, "augment") and not (isinstance(draws, int) and draws >= 1):
+        found = f"{type(task).__name__}.augment"
+        raise TaskError(f"task: {spec!r}: {found} needs draws, 1 or more for each record, found {draws!r}")
 
 
 def _attribute(spec: str) -> Callable[..., Any]:
