@@ -53,9 +53,7 @@ class Strategy:
     ) -> None:
         self._config, self._attendance, self._nodes = config, attendance, nodes
         self._checkpoint, self._history, self._measure = checkpoint, history, measure
-        self._witness = Witness(
-            run=checkpoint.run, task=config.task, public_keys=config.server.public_keys
-        )
+        self._witness = Witness(run=checkpoint.run, task=config.task, public_keys=config.server.public_keys)
         self._shapes = {name: array.shape for name, array in checkpoint.arrays.items()}
 
     def run(self) -> str:
@@ -101,9 +99,7 @@ class Strategy:
         self._checkpoint.seconds += time.monotonic() - started
         return aggregation
 
-    def _take(
-        self, partition: str, reply: Update | Refused | Failed, tally: _Tally, aggregation: Aggregation
-    ) -> None:
+    def _take(self, partition: str, reply: Update | Refused | Failed, tally: _Tally, aggregation: Aggregation) -> None:
         member = self._checkpoint.member(partition)
         if isinstance(reply, Failed):
             tally.failed[partition] = reply.reason
