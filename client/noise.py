@@ -84,13 +84,14 @@ class SecureGenerator:
         return result
 
     def noised_all(self, totals: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
-        """`noised` of each of `totals`, which share a type and a device; the small ones in one go, which costs less."""
+        """`noised` of each of `totals`, all on one device; the small ones in one go, which costs less."""
         small = [total for total in totals if total.numel() < _CHUNK]
         sizes = [total.numel() for total in small]
         together = self.noised(torch.cat([total.reshape(-1) for total in small]), std).split(sizes) if small else ()
         ready = iter(together)
         return [
-            next(ready).view(total.shape) if total.numel() < _CHUNK else self.noised(total, std) for total in totals
+            next(ready).view(total.shape).to(total.dtype) if total.numel() < _CHUNK else self.noised(total, std)
+            for total in totals
         ]
 
     def poisson_mask(self, n: int, rate: float) -> torch.Tensor:
