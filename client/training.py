@@ -60,9 +60,9 @@ class SecureDPOptimizer(DPOptimizerFastGradientClipping):
 
     def add_noise(self) -> None:
         std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            total = parameter.summed_grad
-            parameter.grad = self._secure.noised(total, std).view_as(parameter)
+        noised = self._secure.noised_all([parameter.summed_grad for parameter in self.params], std)
+        for parameter, total in zip(self.params, noised, strict=True):
+            parameter.grad = total.view_as(parameter)
 
 
 def train(

@@ -84,9 +84,7 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load(data, password=None)
     except (TypeError, ValueError) as error:  # TypeError: it has a passphrase
-        raise PkiError(
-            f"{path}: expected a private key without a passphrase; restore it ({error})"
-        ) from error
+        raise PkiError(f"{path}: expected a private key without a passphrase; restore it ({error})") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise PkiError(f"{path}: expected an EC P-384 key, the only kind that Flower takes")
     return key
@@ -174,6 +172,4 @@ def _builder(
         not_valid_after=now() + timedelta(days=days),
     )
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    return builder.add_extension(
-        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer), critical=False
-    )
+    return builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer), critical=False)

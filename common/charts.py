@@ -124,10 +124,7 @@ class Chart:
     def _limits(self) -> list[str]:
         across = f'class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}"'
         places = ((name, self._y(value)) for name, value in self.limits)
-        return [
-            f'<line {across} y1="{y:.1f}" y2="{y:.1f}"><title>{escape(name)}</title></line>'
-            for name, y in places
-        ]
+        return [f'<line {across} y1="{y:.1f}" y2="{y:.1f}"><title>{escape(name)}</title></line>' for name, y in places]
 
     def _line(self, number: int, series: Series) -> list[str]:
         lines = [f'<g class="{series.style}" {self._hue(number)}>']

@@ -98,9 +98,7 @@ def _check_partition(directory: Path, partition: str) -> None:
     if key.exists():
         load_key(key)
     elif public.exists():
-        raise PkiError(
-            f"{key}: missing, but {public} exists; restore the key, or remove the .pub for a new pair"
-        )
+        raise PkiError(f"{key}: missing, but {public} exists; restore the key, or remove the .pub for a new pair")
 
 
 def _load_ca(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
@@ -207,9 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("--dir", type=Path, default=Path("state/pki"), help="default: %(default)s")
         if name != "show":
-            command.add_argument(
-                "--san", action="append", default=[], help="one more host name or IP address"
-            )
+            command.add_argument("--san", action="append", default=[], help="one more host name or IP address")
         if name == "create":
             command.add_argument("partitions", nargs="*", metavar="PARTITION")
         if name == "renew":

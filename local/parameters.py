@@ -76,9 +76,7 @@ def read_as(kind: type[Given], arguments: Sequence[str]) -> Given:
     return kind(**given)
 
 
-def apply(
-    given: Parameters, federation: Federation, policy: Policy, records: Records
-) -> tuple[Federation, Policy]:
+def apply(given: Parameters, federation: Federation, policy: Policy, records: Records) -> tuple[Federation, Policy]:
     """The two files with the parameters in them. `records` is asked only about another split than theirs.
 
     Raises:

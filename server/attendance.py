@@ -18,9 +18,7 @@ _POLL_SECONDS = 0.2
 class Attendance:
     """Each registered partition is waited for `connect_deadline_seconds` after it was last seen, or after the start."""
 
-    def __init__(
-        self, config: Federation, nodes: Nodes, checkpoint: Checkpoint, *, registered: frozenset[str]
-    ) -> None:
+    def __init__(self, config: Federation, nodes: Nodes, checkpoint: Checkpoint, *, registered: frozenset[str]) -> None:
         self._config, self._nodes, self._checkpoint = config, nodes, checkpoint
         self._last_seen = dict.fromkeys(registered, time.monotonic())
         self._status: dict[str, Any] = {}

@@ -76,9 +76,7 @@ class Checkpoint:
         """Keep a partition's newest standing. An anchor never goes backwards."""
         self.member(standing.partition).standing = asdict(standing)
         if standing.ledger_sequence > self.anchor(standing.partition).sequence:
-            self.anchors[standing.partition] = Anchor(
-                sequence=standing.ledger_sequence, head=standing.ledger_head
-            )
+            self.anchors[standing.partition] = Anchor(sequence=standing.ledger_sequence, head=standing.ledger_head)
 
     def save(self, state: Path) -> None:
         """Write it to the state directory, durably and atomically.

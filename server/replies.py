@@ -68,9 +68,7 @@ def read(
         standing = _standing(content.get(STANDING), partition)
         # A client pays before it trains, so an update's ledger is ahead of the one that was known before.
         if standing.ledger_sequence <= anchor.sequence:
-            raise MessageError(
-                f"expected a ledger beyond {anchor.sequence}, found {standing.ledger_sequence}"
-            )
+            raise MessageError(f"expected a ledger beyond {anchor.sequence}, found {standing.ledger_sequence}")
         if set(content) - {STATEMENT} != {ARRAYS, METRICS, STANDING}:
             raise MessageError(f"expected arrays, metrics and standing, found {sorted(content)}")
         arrays, weight = parameters.read(content[ARRAYS]), _weight(content[METRICS])

@@ -49,8 +49,7 @@ def epsilon(rounds: list[dict[str, Any]]) -> str:
     spent = [path[-1][1] for path in paths.values()]
     highest = max(*budgets.values(), *(value for path in paths.values() for _, value in path))
     series = [
-        Series(label=_label(names, len(paths)), points=path, hint=", ".join(names))
-        for path, names in alike.items()
+        Series(label=_label(names, len(paths)), points=path, hint=", ".join(names)) for path, names in alike.items()
     ]
     band = None
     if len(series) > MOST_LINES:

@@ -30,7 +30,10 @@ what the guarantee is about; nothing more is hidden from the server.</li>
 </ul></dd>
 </dl>"""
 
-STYLE = charts.COLOURS + charts.STYLE + """\
+STYLE = (
+    charts.COLOURS
+    + charts.STYLE
+    + """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
@@ -70,3 +73,4 @@ tbody th { font-weight: 400; overflow-wrap: anywhere; }
   svg, tr, .facts, .promise dd { break-inside: avoid; }
 }
 """
+)

@@ -275,9 +275,7 @@ def test_the_secrets_hold_each_key_once_and_nothing_of_the_ca(tmp_path: Path, te
     by_name = {(each["kind"], each["metadata"]["name"]): each for each in made}
     private = (folder / "ca/ca.key").read_bytes()
     for manifest in made:
-        decoded = {
-            k: b64decode(v) if manifest["kind"] == "Secret" else v.encode() for k, v in manifest["data"].items()
-        }
+        decoded = {k: b64decode(v) if manifest["kind"] == "Secret" else v.encode() for k, v in manifest["data"].items()}
         assert private not in decoded.values()
         if manifest["kind"] == "ConfigMap":
             assert not [text for text in decoded.values() if b"PRIVATE" in text]

@@ -45,9 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "metrics_address": f"127.0.0.1:{server}",
             }
         },
-        "policy": {
-            "client": {"server_address": f"127.0.0.1:{fleet}", "metrics_address": f"127.0.0.1:{client}"}
-        },
+        "policy": {"client": {"server_address": f"127.0.0.1:{fleet}", "metrics_address": f"127.0.0.1:{client}"}},
     }
     (tmp_path / "config").mkdir()
     for name, section in addresses.items():
@@ -611,8 +609,7 @@ def test_each_round_is_shown_once_and_an_earlier_run_not_at_all(run: Run) -> Non
     ]  # the status is that of an earlier run
     run.status("r1")
     assert run.said() == (
-        "round  1/12  2 trained, accuracy 0.912, 4.1 s\n"
-        "             epsilon 1.234 of 8: digits-0-of-2, digits-1-of-2\n"
+        "round  1/12  2 trained, accuracy 0.912, 4.1 s\n             epsilon 1.234 of 8: digits-0-of-2, digits-1-of-2\n"
     )
     assert run.said() == ""
     one = {"digits-0-of-2": standing(2.0), "digits-1-of-2": standing(1.234)}

@@ -187,9 +187,7 @@ def test_hostile_names_are_text(written) -> None:
 
 def test_300_partitions_are_an_envelope_and_a_table(written) -> None:
     names = [f"digits-{i}-of-300" for i in range(300)]
-    rounds = [
-        a_round(n, {name: standing(n * (1 + i / 100)) for i, name in enumerate(names)}) for n in range(1, 21)
-    ]
+    rounds = [a_round(n, {name: standing(n * (1 + i / 100)) for i, name in enumerate(names)}) for n in range(1, 21)]
     page = written(rounds, [a_row(name) for name in names])
     assert len(Page(page).table("Where each budget stood")) == 300
     epsilon = svgs(page)["Epsilon spent by partition and round"]
@@ -248,9 +246,7 @@ def test_every_reason_has_words() -> None:
     assert set(report.REASONS) == {str(reason) for reason in Reason}
 
 
-@pytest.mark.parametrize(
-    ("numbers", "text"), [([], ""), ([4], "4"), ([1, 2, 3, 7], "1-3, 7"), ([1, 3, 4], "1, 3-4")]
-)
+@pytest.mark.parametrize(("numbers", "text"), [([], ""), ([4], "4"), ([1, 2, 3, 7], "1-3, 7"), ([1, 3, 4], "1, 3-4")])
 def test_ranges(numbers: list[int], text: str) -> None:
     assert report.ranges(numbers) == text
 

@@ -140,9 +140,7 @@ def test_the_exporter_shows_the_record_of_a_run(run: Federation) -> None:
     assert get(run, "/healthz") == "ok\n"
     status = json.loads((run.folder / "state/server/status.json").read_text())
     last = json.loads(history.read_text().splitlines()[-1])
-    shown = {
-        line.split()[0]: float(line.split()[1]) for line in get(run, "/metrics").splitlines() if line[:3] == "fl_"
-    }
+    shown = {line.split()[0]: float(line.split()[1]) for line in get(run, "/metrics").splitlines() if line[:3] == "fl_"}
     expiry = certificate_expiry(run.folder / "state/pki/server/server.crt").timestamp()
     assert shown == {
         "fl_server_round": status["round"],

@@ -196,9 +196,7 @@ def test_a_true_statement_is_taken_with_a_refusal(keys: Path) -> None:
         "edited": (lambda: ConfigRecord({"signed": stated().replace("1.5", "2.5")}), "the signature does not fit"),
     }.values(),
 )  # fmt: skip
-def test_a_false_statement_costs_itself_and_not_the_update(
-    keys: Path, record: Callable[[], Any], found: str
-) -> None:
+def test_a_false_statement_costs_itself_and_not_the_update(keys: Path, record: Callable[[], Any], found: str) -> None:
     update = parse(content(statement=record()), keys)
     assert isinstance(update, Update)
     assert isinstance(update.statement, StatementError)

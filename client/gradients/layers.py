@@ -49,7 +49,7 @@ class Product:
         (d, places), p = inputs.shape[2:], gradients.shape[2]
         self._whole: Tensor | None = None
         if self._weight is not None and places * d * p <= 2 * places**2 * (d + p) and places > 1:
-            self._whole = (inputs @ gradients.mT).mT  # [batch, groups, p, d]; d is the longer side: faster so
+            self._whole = inputs @ gradients.mT  # [batch, groups, d, p]: as it lies in memory, for norms and sums
 
     def norms(self) -> Norms:
         g = self._gradients.double() if self._whole is None else self._gradients
@@ -80,7 +80,7 @@ class Product:
         found = []
         if self._weight is not None:
             if self._whole is not None:
-                found.append(_weighted(scale, self._whole).reshape(self._weight.shape))
+                found.append(_weighted(scale, self._whole).mT.reshape(self._weight.shape))
             else:
                 scaled = _scaled(self._gradients, scale)
                 inputs = _scaled(self._inputs, scale != 0) if not scale.all() else self._inputs

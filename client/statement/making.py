@@ -129,9 +129,7 @@ def state(account: Account, policy: Policy, *, run: str, update: str | None, pub
 
 
 def _run(name: str, tally: Tally) -> Run:
-    return Run(
-        name=name, rounds_charged=tally.charges, rounds_committed=tally.commits, steps_charged=tally.steps
-    )
+    return Run(name=name, rounds_charged=tally.charges, rounds_committed=tally.commits, steps_charged=tally.steps)
 
 
 def merged(composition: Composition) -> tuple[Steps, ...]:

@@ -24,6 +24,7 @@ from tests.ledgers import opened, release
 TRAINING, SENDING = 0, 1  # partitions, by where they are when the client is paused
 HEARD_SECONDS = 5.0
 
+
 def test_another_writer_is_noticed_before_anything_is_done(path: Path) -> None:
     with opened(path) as ledger:
         reservation = ledger.reserve("m4", release())

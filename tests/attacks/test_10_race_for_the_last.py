@@ -145,6 +145,7 @@ def test_processes_get_what_fits(tmp_path: Path) -> None:
 
 def test_processes_without_a_lock_are_seen(tmp_path: Path) -> None:
     """Negative control: they meet each other's lines, or leave a file that nobody can read."""
+
     def races() -> None:
         for number in range(20):
             race_of_processes(tmp_path / f"{number}/ledger.jsonl", "unlocked")

@@ -204,7 +204,6 @@ def test_a_wrong_type_from_the_wire_is_refused(key: str, value: Any) -> None:
         from_the_wire(**{key: value})
 
 
-
 NONSENSE: dict[str, dict[str, Any]] = {
     "no steps": {"steps": 0},
     "negative steps": {"steps": -4},

@@ -180,9 +180,7 @@ class ProcessKubelet(Kubelet):
         }  # fmt: skip
         path.write_text(json.dumps(content))
         self.logs[metadata["name"]] = folder / "log"
-        return Container(
-            pod=pod, folder=folder, address=address, namespace=namespace, hosts=hosts, spec=path
-        )
+        return Container(pod=pod, folder=folder, address=address, namespace=namespace, hosts=hosts, spec=path)
 
     def _volume(self, volume: Object, namespace: str, folder: Path, context: Object) -> Path | None:
         """The folder that is mounted, None while what should be in it is not there."""
@@ -301,9 +299,7 @@ class ProcessKubelet(Kubelet):
                     for port in container.pod["spec"]["containers"][0].get("ports", [])
                 }
                 assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
-                names.setdefault(container.address, []).extend(
-                    [name, f"{name}.{namespace}", f"{name}.{namespace}.svc"]
-                )
+                names.setdefault(container.address, []).extend([name, f"{name}.{namespace}", f"{name}.{namespace}.svc"])
                 break
         lines = ["127.0.0.1 localhost", *(f"{address} {' '.join(each)}" for address, each in names.items())]
         text = "\n".join(lines) + "\n"

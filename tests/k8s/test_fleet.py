@@ -125,8 +125,7 @@ def test_every_client_gets_its_share_and_the_nodes_are_even(cluster: Cluster, ap
     assert max(per_node.values()) - min(per_node.values()) <= SKEW
     assert max(per_node.values()) <= SHARES
     assert all(
-        pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        and pod["spec"]["priority"] == 1000
+        pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1" and pod["spec"]["priority"] == 1000
         for pod in clients
     )
     volumes = [volume for _, volume in claims(cluster).values()]
@@ -156,9 +155,7 @@ def test_nothing_differs_after_apply(cluster: Cluster, applied: str) -> None:
     assert "cpu: 501m" in cluster.kubectl("diff", "--filename", "-", stdin=other, ok=(1,)).stdout
 
 
-def test_what_restarts_is_whom_it_concerns(
-    cluster: Cluster, applied: str, kubelet: Kubelet, tmp_path: Path
-) -> None:
+def test_what_restarts_is_whom_it_concerns(cluster: Cluster, applied: str, kubelet: Kubelet, tmp_path: Path) -> None:
     template = build(GPU)
 
     def with_policy(**policy: Any) -> str:
