@@ -228,6 +228,7 @@ def test_what_partitions_are_all_sent_is_pulled_once_and_never_under_a_false_nam
     arrays = ArrayRecord({name: Array(weight + 0.125) for name, weight in weights().items()})
     packed = [pack(question(arrays, task="another")) for _ in range(4)]
     shared = set.intersection(*(set(each.objects) for each in packed))
+    shared -= set(wire.fleet.pulled)  # what other tests had sent may still be kept
     assert len(shared) >= 2
 
     false = Sent.whole(packed[0])  # under the names of what the other is sent next

@@ -23,21 +23,25 @@ from pathlib import Path
 importlib.import_module("client.job")
 from client.gradients import MODES
 from client.accounting import Release
+from client.input_check import check_inputs
 from client.model_check import check_model
 from client.noise import SecureGenerator
 from client.training import Step, train
 from common.tasks.digits import Digits
+from common.tasks.inputs import Inputs
 
 task = Digits(Path())
 data = task.train_data(3, 100)
-check_model(task.model(), task.loss, data.inputs, data.targets)
+inputs = Inputs.of(task)
+check_inputs(inputs, data.inputs)
+check_model(task.model(), task.loss, inputs.evaluation(data.inputs), data.targets)
 for mode in ("hooks", "book_keeping"):
     train(
         task.model(), task.loss, data, release=Release(noise_multiplier=1.0, sample_rate=0.5, steps=2),
         step=Step(
             max_grad_norm=1.0, batch_size=7, physical_batch_size=4, learning_rate=0.1, gradient_mode=mode
         ),
-        generator=SecureGenerator(),
+        generator=SecureGenerator(), inputs=inputs,
     )
 print(*sorted(set(sys.modules) & set({heavy!r})))
 import opacus.privacy_engine, torch.distributed.tensor
