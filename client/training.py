@@ -115,7 +115,7 @@ def _add_batch(
         if found is None:  # here the failed pass is gone, and its memory can be given back
             most = len(part) // 2
             gpu.give_back(data.inputs.device)
-            log.warning("memory ran out: goes on with %d records in a pass", most)
+            log.warning("memory ran out: goes on with smaller passes")  # half of what was drawn is not to be told
             continue
         optimizer.add(found)
         left, draws = left[len(part) :], draws[len(part) :]
