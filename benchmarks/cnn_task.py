@@ -15,7 +15,6 @@ from benchmarks.models import CLASSES, ancestor_cnn
 from benchmarks.worker_host import LOG, RECORDS
 from client import app, training
 from common.tasks import Data
-from common.tasks.classification import Scale
 
 TEST_RECORDS = 256
 
@@ -24,7 +23,10 @@ class Pictures:
     """A task of the ancestor's size."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(Scale(), *ancestor_cnn())
+        return ancestor_cnn()
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        return inputs.float().mul_(1 / 127.5).sub_(1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets, reduction="none")

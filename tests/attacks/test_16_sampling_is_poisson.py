@@ -31,7 +31,7 @@ def watched(task: Rigged) -> None:
             file.write(" ".join(map(str, targets.tolist())) + "\n")
         return outputs.sum(1) * 0
 
-    numbered = Data(inputs=torch.ones(RECORDS, 8, 8, dtype=torch.uint8), targets=torch.arange(RECORDS))
+    numbered = Data(inputs=torch.ones(RECORDS, 1, 8, 8, dtype=torch.uint8), targets=torch.arange(RECORDS))
     task.patch.setattr(task, "losses", losses)
     task.patch.setattr(task, "owned", lambda *_: numbered)
 

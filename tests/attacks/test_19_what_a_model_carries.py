@@ -452,7 +452,7 @@ class Carrying(nn.Module):
         self.extra = b""
 
     def forward(self, x: Tensor) -> Tensor:
-        record = x.detach()[0].flatten()[:8]
+        record = x.detach()[0].flatten()[:8].byte()
         if record[0] == MARKER[0]:  # not on the public examples that it is probed with
             self.seen.copy_(record)
             self.frozen.data.copy_(record)
@@ -474,6 +474,7 @@ def carrying(task: Rigged) -> None:
         return nn.Sequential(nn.Sequential(Carrying(), contrast), linear)
 
     task.patch.setattr(task, "make_model", model)
+    task.patch.setattr(task, "prepare", lambda pixels: pixels.float())  # what is looked for is a record as it was
     pixels = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
     pixels[:, 0] = torch.frombuffer(bytearray(MARKER), dtype=torch.uint8)
     task.patch.setattr(task, "owned", lambda *_: Data(inputs=pixels, targets=torch.arange(24) % 10))
