@@ -109,6 +109,8 @@ class SecureGenerator:
         if rate == 1:
             return torch.ones(n, dtype=torch.bool, device="cpu")
         threshold = math.floor(rate * 2.0**64) - 2**63  # words are signed: both sides are shifted by 2**63
+        if n <= _CHUNK:
+            return self._words(n) < threshold
         mask = torch.empty(n, dtype=torch.bool, device="cpu")
         with _one_thread():
             for part in mask.split(_CHUNK):
@@ -144,9 +146,9 @@ class SecureGenerator:
         """The next `count` <= _CHUNK words of the stream, int64 [count]."""
         if os.getpid() != self._pid:
             raise RuntimeError(f"this generator belongs to process {self._pid}: make one in each forked process")
-        words = torch.empty(count, dtype=torch.int64, device="cpu")
-        self._stream.update_into(_ZEROS[: 8 * count], words.view(torch.uint8).numpy().data)
-        return words
+        words = np.empty(count, np.int64)
+        self._stream.update_into(_ZEROS[: 8 * count], words.view(np.uint8))
+        return torch.from_numpy(words)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a SecureGenerator cannot be copied or pickled: a second copy would repeat the noise")
