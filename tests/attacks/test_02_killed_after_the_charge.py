@@ -5,6 +5,7 @@ What holds: the charge stays, nothing is released for it, and the same message a
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -24,9 +25,11 @@ def killed(owner: Owner, kind: str) -> Sent:
     with owner.held():
         owner.site.tell(Part.KILLED, sent)
         wait_for(lambda: owner.records_read() > read, "a worker that reads the records", 120)
+        worker = Path(f"/proc/{owner.process('worker')}")
         os.kill(owner.process(kind), signal.SIGKILL)
         if kind == "host":
             owner.client.wait(60)
+        wait_for(lambda: not worker.exists(), "the end of the worker, which dies with the others", 60)
     after = owner.site.account(Part.KILLED)
     assert len(after.messages) == len(before.messages) + 1, "records were read and nothing was charged"
     assert after.epsilon_spent > before.epsilon_spent
