@@ -147,7 +147,7 @@ class SecureGenerator:
         if os.getpid() != self._pid:
             raise RuntimeError(f"this generator belongs to process {self._pid}: make one in each forked process")
         words = np.empty(count, np.int64)
-        self._stream.update_into(_ZEROS[: 8 * count], words.view(np.uint8))
+        self._stream.update_into(_ZEROS[: 8 * count], words.view(np.uint8).data)
         return torch.from_numpy(words)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
