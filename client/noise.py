@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-_CHUNK = 2**15  # numbers per step: scratch memory stays small and in the cache, however large the result
+_CHUNK = 2**16  # numbers per step: scratch memory stays small, however large the result
 _GRID = 2.0**-24  # of a standard deviation, rounded down to a power of two
 _ZEROS = memoryview(bytes(8 * _CHUNK))  # in CTR mode, zeros encrypt to the key stream itself
 
@@ -79,8 +79,9 @@ class SecureGenerator:
         size = _CHUNK if total.device.type == "cpu" else max(1, total.numel())
         with _one_thread():
             for into, part in zip(result.view(-1).split(size), total.reshape(-1).split(size), strict=True):
-                noise = self.normal(part.shape, std, device=part.device, dtype=torch.float64)
-                into.copy_(noise.add_(part).mul_(1 / grid).round_().mul_(grid))
+                # In units of the grid from the start: it is a power of two, so that no bit of the sum is another.
+                noise = self.normal(part.shape, std / grid, device=part.device, dtype=torch.float64)
+                into.copy_(noise.add_(part, alpha=1 / grid).round_().mul_(grid))
         return result
 
     def noised_all(self, totals: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
@@ -129,7 +130,7 @@ class SecureGenerator:
         radius *= radius  # (0, 1], the square of a uniform number
         np.log(radius, out=radius)
         np.negative(radius, out=radius)
-        np.sqrt(radius, out=radius)
+        noise[:pairs].sqrt_()  # twice as fast by torch
         radius *= std
         # One tangent for both: cos 2x = 2 / (1 + tan(x)**2) - 1 and sin 2x = 2 tan(x) / (1 + tan(x)**2).
         tangent *= math.pi * 2.0**-64

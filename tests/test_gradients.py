@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from client.gradients import MODES, Unsupported, choose, layers, require, trainable
 from client.gradients.book_keeping import BookKeeping
+from client.gradients.columns import Columns, Windows, Written
 from common.config import GradientMode
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
@@ -124,9 +125,9 @@ def test_both_ways_to_a_norm_agree(few: int, monkeypatch: pytest.MonkeyPatch) ->
     """A layer is summed whole or by inner products, whichever is less work: here each is forced in turn."""
 
     class Forced(layers.Product):
-        def __init__(self, layer: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
-            super().__init__(layer, inputs, gradients)
-            self._whole = None if few == 1 else inputs @ gradients.mT
+        def __init__(self, layer: nn.Module, columns: Columns, gradients: Tensor) -> None:
+            super().__init__(layer, columns, gradients)
+            self._whole = None if few == 1 else columns.products(gradients)
 
     monkeypatch.setattr(layers, "Product", Forced)
     torch.manual_seed(0)
@@ -174,7 +175,7 @@ def test_norms_in_float32_would_let_it_add_many_times_the_bound(monkeypatch: pyt
     """The negative control: inner products without float64, and no account of what rounding adds to the sum."""
 
     def naive(self: layers.Product) -> layers.Norms:
-        a, g = self._inputs, self._gradients
+        a, g = self._columns._columns, self._gradients  # type: ignore[attr-defined]
         return layers.Norms(squared=((a.mT @ a) * (g.mT @ g)).sum((1, 2, 3)).clamp(min=0).double())
 
     monkeypatch.setattr(layers.Product, "norms", naive)
@@ -322,3 +323,40 @@ def test_memory_that_runs_out_in_a_pass_leaves_nothing_behind(mode: GradientMode
     computed.close()
     expected = alone(model, inputs, targets, 0.5)
     assert (found.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("writing", [0, 10**9])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (11,)),
+        (nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)), (9, 8)),
+        (nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular", groups=4), (5, 6)),
+        (nn.Conv3d(2, 4, (2, 3, 1), stride=(2, 1, 1), padding=1), (4, 5, 3)),
+    ],
+)
+def test_the_columns_of_a_convolution_are_those_written_out(
+    layer: nn.Module, size: tuple[int, ...], writing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products, inner products and sums, by the layer's own arithmetic in float64."""
+    monkeypatch.setattr("client.gradients.columns._WRITING", writing)
+    monkeypatch.setattr("client.gradients.columns._CACHE_BYTES", 3000)  # two records or so at a time
+    torch.manual_seed(0)
+    layer = layer.double()
+    inputs = torch.randn(5, layer.in_channels, *size, dtype=torch.float64)  # type: ignore[arg-type]
+    outputs = layer(inputs)
+    gradients = torch.randn_like(outputs)
+    columns = Windows(layer, inputs, outputs.shape[2:])  # type: ignore[arg-type]
+    batch, groups, d, places = columns.shape
+    each = torch.stack([
+        torch.autograd.grad(layer(x[None]), layer.weight, g[None])[0] for x, g in zip(inputs, gradients, strict=True)
+    ])  # fmt: skip
+    flat = gradients.reshape(batch, groups, -1, places)
+    assert torch.allclose(columns.products(flat).reshape(each.shape), each)
+    written = Written(columns._written())
+    assert written.shape == columns.shape
+    assert torch.allclose(columns.inner_products(), written.inner_products())
+    used = torch.tensor([True, True, False, True, True])
+    inputs[2], flat[2] = math.nan, 0.0
+    columns = Windows(layer, inputs, outputs.shape[2:])  # type: ignore[arg-type]
+    assert torch.allclose(columns.summed(flat, used).reshape(each[0].shape), each[used].sum(0))

@@ -5,7 +5,6 @@ known, the sums of the scaled gradients. Nothing else of the layer is needed, so
 model serves all layers (Bu et al. 2023, arXiv:2210.00038, "book-keeping").
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from client.gradients.columns import Columns, Convolution, Windows, Written, only
 
 _ROUND = 2.0**-53  # unit roundoff of float64
 
@@ -37,19 +38,20 @@ class Part(Protocol):
 class Product:
     """A layer that multiplies: Linear and the convolutions. Its output at place t is weight @ a[t] (+ bias).
 
-    `inputs` [batch, groups, d, places], `gradients` [batch, groups, p, places]. With one place, or few for the size
-    of the weight, the norm comes from inner products ("ghost norm", Goodfellow 2015, Li et al. 2021) in float64, since
-    their terms may cancel; else from the gradients themselves, which are then what is summed.
+    `columns` are the a[t]; `gradients` [batch, groups, p, places]. With one place, or few for the size of the weight,
+    the norm comes from inner products ("ghost norm", Goodfellow 2015, Li et al. 2021) in float64, since their terms may
+    cancel; else from the gradients themselves, which are then what is summed.
     """
 
-    def __init__(self, layer: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+    def __init__(self, layer: nn.Module, columns: Columns, gradients: Tensor) -> None:
         own = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
         self._weight, self._bias = own.get("weight"), own.get("bias")
-        self._inputs, self._gradients = inputs, gradients
-        (d, places), p = inputs.shape[2:], gradients.shape[2]
+        self._columns, self._gradients = columns, gradients
+        _, _, d, places = columns.shape
+        p = gradients.shape[2]
         self._whole: Tensor | None = None
         if self._weight is not None and places * d * p <= 2 * places**2 * (d + p) and places > 1:
-            self._whole = inputs @ gradients.mT  # [batch, groups, d, p]: as it lies in memory, for norms and sums
+            self._whole = columns.products(gradients)  # [batch, groups, p, d]
 
     def norms(self) -> Norms:
         g = self._gradients.double() if self._whole is None else self._gradients
@@ -61,30 +63,29 @@ class Product:
         if self._whole is not None:
             squared += _squared(self._whole)
         elif self._weight is not None:
-            a = self._inputs.double()
-            lengths = (a.pow(2).sum(2) * g.pow(2).sum(2)).sqrt()  # [batch, groups, places]
-            places = a.shape[-1]
+            batch, _, d, places = self._columns.shape
+            between = self._columns.inner_products()  # [batch, groups, places, places]
+            lengths = (between.diagonal(dim1=2, dim2=3) * g.pow(2).sum(2)).sqrt()  # [batch, groups, places]
             if places == 1:
                 squared += lengths.pow(2).sum((1, 2))
             else:
-                inner = ((a.mT @ a) * (g.mT @ g)).sum((1, 2, 3)).clamp(min=0)
+                inner = (between * (g.mT @ g)).sum((1, 2, 3)).clamp(min=0)
                 total = lengths.sum(2)  # [batch, groups]: an upper bound of the norm
-                squared += inner + _rounding(places**2 + a.shape[2] + g.shape[2], _ROUND) * total.pow(2).sum(1)
+                squared += inner + _rounding(places**2 + d + g.shape[2], _ROUND) * total.pow(2).sum(1)
                 # The sums below add batch * places terms in the layer's own precision: their rounding is relative to
                 # the terms and not to what is left of them after they cancel.
                 unit = torch.finfo(self._gradients.dtype).eps / 2
-                slack = _rounding(len(a) * places, unit) * total.pow(2).sum(1).sqrt()
+                slack = _rounding(batch * places, unit) * total.pow(2).sum(1).sqrt()
         return Norms(squared=squared, slack=slack)
 
     def sums(self, scale: Tensor) -> list[Tensor]:
         found = []
         if self._weight is not None:
             if self._whole is not None:
-                found.append(_weighted(scale, self._whole).mT.reshape(self._weight.shape))
+                total = _weighted(scale, self._whole)
             else:
-                scaled = _scaled(self._gradients, scale)
-                inputs = _scaled(self._inputs, scale != 0) if not scale.all() else self._inputs
-                found.append(torch.einsum("bgpt,bgdt->gpd", scaled, inputs).reshape(self._weight.shape))
+                total = self._columns.summed(_scaled(self._gradients, scale), scale != 0)
+            found.append(total.reshape(self._weight.shape))
         if self._bias is not None:
             found.append(_weighted(scale, self._summed).reshape(self._bias.shape))
         return found
@@ -132,35 +133,12 @@ class Lookup:
 
 def _linear(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> Part:
     inputs, gradients = (x.reshape(len(x), 1, -1, x.shape[-1]).mT for x in (inputs, gradients))
-    return Product(layer, inputs, gradients)
+    return Product(layer, Written(inputs), gradients)
 
 
-def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, gradients: Tensor) -> Part:
-    places = math.prod(gradients.shape[2:])
-    return Product(
-        layer,
-        _unfold(layer, inputs, gradients.shape[2:]).reshape(len(inputs), layer.groups, -1, places),
-        gradients.reshape(len(inputs), layer.groups, -1, places),
-    )
-
-
-def _unfold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, places: torch.Size) -> Tensor:
-    """What the kernel saw at each place, [batch, channels, *kernel, *places]: a view, many times faster than im2col."""
-    inputs = _pad(layer, inputs).contiguous()
-    batch, channels, *steps = inputs.stride()
-    dilated = [d * step for d, step in zip(layer.dilation, steps, strict=True)]
-    strided = [s * step for s, step in zip(layer.stride, steps, strict=True)]
-    size = (*inputs.shape[:2], *layer.kernel_size, *places)
-    return inputs.as_strided(size, (batch, channels, *dilated, *strided))
-
-
-def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
-    """With the layer's own padding: its amounts also say what "same" means, its mode what is put there."""
-    amounts = layer._reversed_padding_repeated_twice
-    if not any(amounts):
-        return inputs
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(inputs, amounts, mode=mode)
+def _convolution(layer: Convolution, inputs: Tensor, gradients: Tensor) -> Part:
+    columns = Windows(layer, inputs, gradients.shape[2:])
+    return Product(layer, columns, gradients.reshape(len(inputs), layer.groups, -1, columns.shape[3]))
 
 
 def _norm(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> Part:
@@ -208,16 +186,13 @@ def _squared(gradients: Tensor) -> Tensor:
 
 def _weighted(scale: Tensor, gradients: Tensor) -> Tensor:
     """The sum over the batch of `scale` [batch] times `gradients` [batch, ...]; nothing of a record with factor 0."""
-    if not scale.all():
-        gradients = _scaled(gradients, scale != 0)
-    return torch.einsum("b,b...->...", scale.to(gradients.dtype), gradients)
+    return torch.einsum("b,b...->...", scale.to(gradients.dtype), only(gradients, scale != 0))
 
 
 def _scaled(gradients: Tensor, scale: Tensor) -> Tensor:
     """Each record's gradient times its factor: exactly zero where that is 0, be the gradient NaN."""
     shape = (-1, *[1] * (gradients.dim() - 1))
-    scaled = gradients * scale.to(gradients.dtype).view(shape)
-    return scaled if scale.all() else scaled.masked_fill((scale == 0).view(shape), 0.0)
+    return only(gradients * scale.to(gradients.dtype).view(shape), scale != 0)
 
 
 def _rounding(terms: int, unit: float) -> float:
