@@ -347,7 +347,7 @@ def test_the_columns_of_a_convolution_are_those_written_out(
     outputs = layer(inputs)
     gradients = torch.randn_like(outputs)
     columns = Windows(layer, inputs, outputs.shape[2:])  # type: ignore[arg-type]
-    batch, groups, d, places = columns.shape
+    batch, groups, _, places = columns.shape
     each = torch.stack([
         torch.autograd.grad(layer(x[None]), layer.weight, g[None])[0] for x, g in zip(inputs, gradients, strict=True)
     ])  # fmt: skip
