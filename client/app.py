@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from client import gpu, memory
 from client.accounting import Release
 from client.fingerprint import fingerprint, owner_key
-from client.gradients import MODES, Loss, Unsupported, choose, require
+from client.gradients import Unsupported, choose, clipped_sums, require
 from client.input_check import check_inputs
 from client.ledger import Head
 from client.model_check import ModelRefused, check_model
 from client.noise import SecureGenerator
 from client.policy import Refused, accept
+from client.program import Program
 from client.training import Step, train
 from common import messages
 from common.compression import pack
@@ -55,6 +56,7 @@ class Bench:
     policy: Policy
     round: int = 0  # of the last proposal
     gradient_mode: GradientMode | None = None  # once it is known
+    program: Program | None = None  # of gradient_mode compiled
     _plan: tuple[GradientMode, int] | None = None
     run: str = ""  # of the last proposal, once it is accepted
     _task: Task | None = None
@@ -92,14 +94,28 @@ class Bench:
             inputs = Inputs.of(task)
             if self.gradient_mode is None:
                 made = _made(inputs, raw)
-                self.gradient_mode = _choose(training.gradient_mode, model, task.loss, made, targets, bound)
-            sums = MODES[self.gradient_mode](model, task.loss, bound)
+                self.gradient_mode = self._choose(model, made, targets)
+            sums = clipped_sums(self.gradient_mode, model, task.loss, bound, self.program)
             try:
                 size = self._fitting(lambda part, of: sums(_made(inputs, part), of), raw, targets)
             finally:
                 sums.close()
             self._plan = self.gradient_mode, size
         return self._plan
+
+    def _choose(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> GradientMode:
+        wanted, loss = self.policy.training.gradient_mode, self.task().loss
+        bound = float(self.policy.privacy.max_grad_norm)
+        try:
+            if wanted == "auto":
+                choice = choose(model, loss, inputs, targets, bound)
+                log.info("gradient_mode: %s (%s)", choice.mode, choice.why)
+                return choice.mode
+            require(wanted, model, loss, inputs, targets, bound, self.program)
+        except Unsupported as error:
+            other = "compiled" if wanted == "auto" else "auto"
+            raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (try {other})") from None
+        return wanted
 
     def _fitting(self, passes: gpu.Pass, raw: Tensor, targets: Tensor) -> int:
         """How many records a pass may take at once; a partition's records take their room beside it."""
@@ -181,6 +197,7 @@ def train_round(content: RecordDict, message_id: str, bench: Bench, partition: P
             physical_batch_size=physical,
             learning_rate=proposal.learning_rate,
             gradient_mode=mode,
+            program=bench.program,
         ),
         generator=SecureGenerator(),
         inputs=Inputs.of(bench.task()),
@@ -200,18 +217,6 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
-
-
-def _choose(wanted: str, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, bound: float) -> GradientMode:
-    if wanted == "auto":
-        choice = choose(model, loss, inputs, targets, bound)
-        log.info("gradient_mode: %s (%s)", choice.mode, choice.why)
-        return choice.mode
-    try:
-        require(wanted, model, loss, inputs, targets, bound)  # type: ignore[arg-type]
-    except Unsupported as error:
-        raise Refused(Reason.MODEL, f"training.gradient_mode: {wanted}: {error} (use auto)") from None
-    return wanted  # type: ignore[return-value]
 
 
 def _made(inputs: Inputs, raw: Tensor) -> Tensor:

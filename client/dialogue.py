@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.fleet import Inbound, Outbound
+from client.program import Program
 from common.config import GradientMode, Partition
 from common.messages import Reason
 
@@ -15,6 +16,7 @@ class Job:
     partition: Partition
     inbound: Inbound
     gradient_mode: GradientMode | None = None  # what a worker found to be the fastest before, if one has tried
+    program: Program | None = None  # of gradient_mode compiled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

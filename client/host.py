@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from client.exporter import application
 from client.fleet import Fleet, heartbeat_seconds
 from client.member import Member
 from client.reach import proxy_in_the_way
 from client.rota import Rota
-from client.workers import Workers
+from client.workers import CannotCompile, Workers
 from common.certificates import PkiError
 from common.config import Policy
 from common.http import serve
@@ -58,11 +60,17 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     if proxy := proxy_in_the_way(address):
         log.warning("the server %s is reached through the proxy %s (no_proxy names hosts without one)", address, proxy)
 
-    rota = Rota(members, policy.training.max_workers, stop)
-    rota.start()
-    _beat(members, fleet, stop)
-    rota.end(LEAVE_SECONDS)
-    fleet.close()
+    with TemporaryDirectory(prefix="fedeps-", ignore_cleanup_errors=True) as folder:
+        if policy.training.gradient_mode == "compiled":
+            try:
+                workers.compile(Path(folder), stop)
+            except CannotCompile as error:
+                raise HostError(f"training.gradient_mode: compiled: {error} (use auto)") from None
+        rota = Rota(members, policy.training.max_workers, stop)
+        rota.start()
+        _beat(members, fleet, stop)
+        rota.end(LEAVE_SECONDS)
+        fleet.close()
     if rota.failed:
         raise HostError(rota.failed)
 

@@ -91,6 +91,7 @@ def _answer(job: Job, bench: Bench, host: Connection) -> Done:
     started = time.monotonic()
     bench.run = ""  # until this job's proposal names one
     bench.gradient_mode = bench.gradient_mode or job.gradient_mode
+    bench.program = job.program
     budget = RemoteBudget(host, bench)
     outbound, refused = _reply(job, bench, budget)
     return Done(

@@ -9,7 +9,6 @@ import threading
 import time
 
 from client.conversation import Conversation
-from client.dialogue import Job
 from client.fleet import BrokenMessage, Fleet, FleetError, Inbound, Node, Outbound, failure, heartbeat_seconds
 from client.ledger import Ledger, LedgerError
 from client.statement.making import Signer
@@ -105,8 +104,7 @@ class Member:
         started = time.monotonic()
         conversation = Conversation(self._ledger or self._open_ledger(), self._policy.privacy, self._signer)
         try:
-            job = Job(partition=self.partition, inbound=inbound, gradient_mode=self._workers.gradient_mode)
-            done = self._workers.run(job, conversation.answer)
+            done = self._workers.run(self._workers.job(self.partition, inbound), conversation.answer)
         except WorkerDied:
             log.error("%s: the worker died; what it had reserved stays spent", self.partition.name)
             outbound = failure(inbound, "the worker died")

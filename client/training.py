@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from client import gpu, memory
 from client.accounting import Release
-from client.gradients import MODES, ClippedSums, Loss, trainable
+from client.gradients import ClippedSums, Loss, clipped_sums, trainable
 from client.noise import SecureGenerator
+from client.program import Program
 from client.sgd import Sgd
 from common.config import GradientMode
 from common.tasks import Data
@@ -33,6 +34,7 @@ class Step:
     physical_batch_size: int  # records per forward pass
     learning_rate: float
     gradient_mode: GradientMode = "hooks"
+    program: Program | None = None  # of gradient_mode compiled
 
 
 class SecureDPOptimizer(DPOptimizerFastGradientClipping):
@@ -82,7 +84,7 @@ def train(
     """
     model.train()
     most = step.physical_batch_size
-    sums = MODES[step.gradient_mode](model, loss, step.max_grad_norm)
+    sums = clipped_sums(step.gradient_mode, model, loss, step.max_grad_norm, step.program)
     optimizer = SecureDPOptimizer(Sgd(trainable(model), lr=step.learning_rate), generator, release, step)
     try:
         for _ in range(release.steps):

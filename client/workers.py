@@ -1,19 +1,31 @@
 """The host's side of the workers: at most `max_workers` jobs at a time, each on a forked process."""
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from socket import socket
 from typing import Any
 
 from client.dialogue import Ask, Done, Job
-from client.zygote import fork_worker
-from common.config import GradientMode
+from client.fleet import Inbound
+from client.program import Program
+from client.zygote import COMPILE, fork_worker
+from common.config import GradientMode, Partition
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5  # whether to stop, while the step is compiled
 
 
 class WorkerDied(Exception):
     """The worker's process ended in mid-job."""
+
+
+class CannotCompile(Exception):
+    """There is no compiled step to be had."""
 
 
 class ZygoteDied(Exception):
@@ -25,6 +37,7 @@ class Workers:
 
     def __init__(self, zygote: socket, max_workers: int) -> None:
         self._zygote = zygote
+        self._program: Program | None = None
         self._slots = threading.BoundedSemaphore(max_workers)
         self._lock = threading.Lock()
         self._idle: list[tuple[str, Connection]] = []  # (partition last served, connection)
@@ -37,6 +50,30 @@ class Workers:
         with self._lock:
             self._drop_the_dead()
             return sum(self._gpu_memory.values())
+
+    def compile(self, folder: Path, stop: threading.Event) -> None:
+        """Has the step of the policy's task compiled into `folder`, for all workers; gives up when `stop` is set.
+
+        Raises:
+            CannotCompile: with the reason, one line.
+        """
+        log.info("compiles the training step, which takes a minute or so")
+        try:
+            with fork_worker(self._zygote, COMPILE) as compiler:
+                compiler.send(folder)
+                while not compiler.poll(_LOOK_SECONDS):
+                    if stop.is_set():
+                        return
+                said = compiler.recv()
+        except (EOFError, OSError):
+            raise CannotCompile("the process that compiles has ended") from None
+        if not isinstance(said, Program):
+            raise CannotCompile(said)
+        self._program = said
+
+    def job(self, partition: Partition, inbound: Inbound) -> Job:
+        """A message with what a worker needs to know of earlier ones."""
+        return Job(partition=partition, inbound=inbound, gradient_mode=self.gradient_mode, program=self._program)
 
     def run(self, job: Job, answer: Callable[[Ask], Any]) -> Done:
         """Runs one job; `answer` serves the worker's questions.

@@ -35,6 +35,9 @@ _ENVIRONMENT = {
 }
 
 
+WORK, COMPILE = b"work", b"compile"  # what a forked process is to do
+
+
 def start_zygote(policy: Policy) -> socket.socket:
     """Forks the zygote; returns the socket through which `fork_worker` asks it. Call before any thread starts."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -46,11 +49,11 @@ def start_zygote(policy: Policy) -> socket.socket:
     return ours
 
 
-def fork_worker(zygote: socket.socket) -> Connection:
-    """A connection to a new worker. Raises OSError when the zygote is gone."""
+def fork_worker(zygote: socket.socket, work: bytes = WORK) -> Connection:
+    """A connection to a new worker, or to the one that compiles. Raises OSError when the zygote is gone."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
-        socket.send_fds(zygote, [b"fork"], [theirs.fileno()])
+        socket.send_fds(zygote, [work], [theirs.fileno()])
     return Connection(ours.detach())
 
 
@@ -58,7 +61,10 @@ def _zygote(policy: Policy, requests: socket.socket) -> None:
     os.environ.update(_ENVIRONMENT)
     _say_no_values()
     importlib.import_module("client.lean_opacus")
-    serve = importlib.import_module("client.job").serve  # torch, opacus, flwr and the worker's own code
+    targets = {  # torch, opacus, flwr and the worker's own code
+        WORK: importlib.import_module("client.job").serve,
+        COMPILE: importlib.import_module("client.compiler").serve,
+    }
     _preload(policy.task)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
@@ -76,7 +82,7 @@ def _zygote(policy: Policy, requests: socket.socket) -> None:
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _run_child(parent, serve, policy, Connection(fd))
+            _run_child(parent, targets[word], policy, Connection(fd))
         os.close(fd)
 
 

@@ -16,7 +16,7 @@ PARTITION_NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 FilePath = Annotated[Path, Field(strict=False)]
-GradientMode = Literal["hooks", "book_keeping"]  # how client.gradients computes clipped sums
+GradientMode = Literal["hooks", "book_keeping", "compiled"]  # how client.gradients computes clipped sums
 Compression = Literal["none", "int8"]  # how common.compression packs an update
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):[0-9]{1,5}$")]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
@@ -117,7 +117,7 @@ class Training(_Section):
     max_workers: Count = 2  # partitions that train at the same time
     # Of the GPU's memory, for one worker; 1 / max_workers without it. Less where several clients share a GPU.
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    gradient_mode: Literal["auto", GradientMode] = "auto"  # auto: the faster one here, found by trying
+    gradient_mode: Literal["auto", GradientMode] = "auto"  # auto: the faster of the first two, found by trying
     idle_seconds: Positive = 30.0  # a worker without a job ends then, which returns its GPU memory
 
 

@@ -44,6 +44,11 @@ def foreign_interface(run: Federation) -> None:
     run.configure()
 
 
+def nothing_compiles(run: Federation) -> None:
+    run.policy_content["training"]["gradient_mode"] = "compiled"
+    run.configure()
+
+
 STARTS: dict[Callable[[Federation], Any], tuple[str, ...]] = {
     all_keys_missing: ("no partition has a key that can be used: state/pki/clients/digits-0-of-2/key: No such file",),
     no_authority: ("client.ca_certificate: state/pki/public/ca.crt: No such file or directory",),
@@ -51,6 +56,7 @@ STARTS: dict[Callable[[Federation], Any], tuple[str, ...]] = {
     empty_authority: ("client.ca_certificate: state/pki/public/ca.crt: expected a PEM certificate",),
     port_taken: ("client.metrics_address: 127.0.0.1:", "Address already in use", "choose another"),
     no_such_port: ("client.metrics_address: ", "0-65535"),
+    nothing_compiles: ("training.gradient_mode: compiled: ", "no-such-compiler", "(use auto)"),
     foreign_interface: ("client.metrics_address: 198.51.100.1:9464: Cannot assign requested address",),
 }
 
@@ -61,7 +67,7 @@ def test_a_client_that_cannot_serve_says_why_and_leaves_nothing(
 ) -> None:
     with federation(tmp_path) as run:
         with closing(fault(run) or socket.socket()):
-            client = run.start_client()
+            client = run.start_client(CXX="no-such-compiler")
             assert client.wait(timeout=60) == 1, run.log("client")
         words = [line for line in run.log("client").splitlines() if " INFO " not in line]
         assert len(words) == 1, words

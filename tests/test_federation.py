@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_updates_travel_packed_where_the_server_asks_for_it(tmp_path: Path) -> N
         assert summary["test_accuracy"] > 0.3
         states(run, summary, rounds=3)  # about the packed bytes, which the server has compared
         assert "statement is dropped" not in run.log("server")
+
+
+@pytest.mark.long
+def test_a_compiled_step_serves_all_workers(tmp_path: Path) -> None:
+    with federation(tmp_path) as run:
+        run.policy_content["training"] |= {"gradient_mode": "compiled", "max_workers": 2}
+        run.configure()
+        summary = finish(run)
+        assert [each["rounds_trained"] for each in summary["partitions"]] == [3, 3]
+        assert summary["test_accuracy"] > 0.5
+        assert "the step is compiled for 8 records at a time" in run.log("client")
+        assert not list(Path(tempfile.gettempdir()).glob("fedeps-*/step.so"))
 
 
 def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Path) -> None:

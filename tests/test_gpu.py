@@ -8,7 +8,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from client import app, gpu, training
+from client import app, gpu
+from client.gradients import MODES
 from client.gradients.hooks import Hooks
 from client.noise import SecureGenerator
 from client.policy import Refused
@@ -62,7 +63,7 @@ def test_memory_that_runs_out_halves_the_pass_and_leaves_the_step_alone(
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(inputs, targets)
 
-    monkeypatch.setitem(training.MODES, "hooks", Tight)
+    monkeypatch.setitem(MODES, "hooks", Tight)
     batches = [list(range(RECORDS)), [3], [], [1, 5, 8, 20]]
     model, how = network(), step(physical_batch_size=16)
     expected = by_hand(copy.deepcopy(model), data(), batches, how)
@@ -76,7 +77,7 @@ def test_memory_for_not_even_one_record_ends_the_round(monkeypatch: pytest.Monke
         def __call__(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:  # noqa: ARG002
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(training.MODES, "hooks", None_)
+    monkeypatch.setitem(MODES, "hooks", None_)
     with pytest.raises(torch.OutOfMemoryError):
         train(network(), LOSS, data(), release=release(1), step=step(), generator=SecureGenerator())
 

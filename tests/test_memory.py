@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
-from client import app, memory, training
+from client import app, memory
 from client.gradients import MODES
 from client.gradients.hooks import Hooks
 from client.memory import free_bytes, ran_out, rehearse
@@ -245,7 +245,7 @@ def test_the_parts_test_notices_a_part_that_is_lost(monkeypatch: pytest.MonkeyPa
         def __call__(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
             return super().__call__(inputs[:3], targets[:3])
 
-    monkeypatch.setitem(training.MODES, "hooks", Forgetful)
+    monkeypatch.setitem(MODES, "hooks", Forgetful)
     with pytest.raises(AssertionError):
         test_the_parts_change_nothing_about_a_step("hooks", 16)
 

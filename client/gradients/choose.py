@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from client.gradients.book_keeping import BookKeeping
-from client.gradients.clipped import ClippedSums, Loss, Unsupported, trainable
+from client.gradients.clipped import ClippedSums, Loss, Unsupported, factors, trainable
+from client.gradients.compiled import Compiled
 from client.gradients.hooks import Hooks
+from client.program import Program
 from common.config import GradientMode
 
 MODES: dict[GradientMode, type[BookKeeping] | type[Hooks]] = {"hooks": Hooks, "book_keeping": BookKeeping}
@@ -28,11 +30,22 @@ class Choice:
     why: str
 
 
+def clipped_sums(
+    mode: GradientMode, model: nn.Module, loss: Loss, max_grad_norm: float, program: Program | None = None
+) -> ClippedSums:
+    """The sums of `model` by `mode`; `compiled` needs a `program`. Raises Unsupported."""
+    if mode != "compiled":
+        return MODES[mode](model, loss, max_grad_norm)
+    if program is None:
+        raise Unsupported("nothing was compiled for this model")
+    return Compiled(model, max_grad_norm, program)
+
+
 def choose(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_grad_norm: float) -> Choice:
     """The mode with the fastest pass over some of `inputs` [batch, ...], `targets` [batch, ...], which must be public.
 
     `hooks`, the oracle, where another way cannot do the model or finds other sums. The model, its parameters and the
-    random generators stay as they are.
+    random generators stay as they are. Raises Unsupported where none can do the model.
     """
     size = sum(p.numel() * p.element_size() for p in trainable(model))
     inputs, targets = (x[: max(2, _MEMORY_BYTES // size)] for x in (inputs, targets))
@@ -50,26 +63,49 @@ def choose(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_gr
             seconds[mode] = taken
         else:
             remarks.append(f"{mode}: other sums than {ORACLE}")
+    if not seconds:
+        raise Unsupported("; ".join(remarks))
     timings = [f"{mode} {1e3 * value:.3g} ms" for mode, value in seconds.items()]
     why = f"{len(inputs)} records on {inputs.device}: {'; '.join(timings + remarks)}"
     return Choice(mode=min(seconds, key=seconds.__getitem__), why=why)
 
 
 def require(
-    mode: GradientMode, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_grad_norm: float
+    mode: GradientMode,
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    max_grad_norm: float,
+    program: Program | None = None,
 ) -> None:
-    """Raises Unsupported, with the layer's name, unless `mode` can do the model: a pass over public records shows."""
-    _try(mode, model, loss, inputs[:2], targets[:2], max_grad_norm)
+    """Raises Unsupported, with the layer's name, unless `mode` can do the model: a pass over public records shows.
+
+    What is compiled must also find the sums of one record at a time.
+    """
+    inputs, targets = inputs[:2], targets[:2]
+    found, _ = _try(mode, model, loss, inputs, targets, max_grad_norm, program)
+    if mode == "compiled" and not _agree(_one_at_a_time(model, loss, inputs, targets, max_grad_norm), found):
+        raise Unsupported("other sums than those of one record at a time")
 
 
 def _try(
-    mode: GradientMode, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_grad_norm: float
+    mode: GradientMode,
+    model: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    max_grad_norm: float,
+    program: Program | None = None,
 ) -> tuple[list[Tensor], float]:
-    sums = MODES[mode](model, loss, max_grad_norm)
     try:
-        return _timed(sums, inputs, targets)
-    finally:
-        sums.close()
+        sums = clipped_sums(mode, model, loss, max_grad_norm, program)
+        try:
+            return _timed(sums, inputs, targets)
+        finally:
+            sums.close()
+    except NotImplementedError as error:  # as Opacus says it
+        raise Unsupported(str(error)) from None
 
 
 def _timed(sums: ClippedSums, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], float]:
@@ -90,6 +126,18 @@ def _once(sums: ClippedSums, inputs: Tensor, targets: Tensor) -> tuple[list[Tens
     if inputs.device.type == "cuda":
         torch.cuda.synchronize()
     return found, time.perf_counter() - started
+
+
+def _one_at_a_time(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_grad_norm: float) -> list[Tensor]:
+    own = trainable(model)
+    sums = [torch.zeros_like(parameter) for parameter in own]
+    for record, target in zip(inputs, targets, strict=True):
+        lost = loss(model(record[None]), target[None]).sum()
+        gradients = torch.autograd.grad(lost, own, allow_unused=True, materialize_grads=True)
+        scale = factors(torch.stack([gradient.norm() for gradient in gradients]).norm(), max_grad_norm)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += scale * gradient
+    return sums
 
 
 def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:

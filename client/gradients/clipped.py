@@ -34,7 +34,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def factors(norms: Tensor, max_grad_norm: float) -> Tensor:
+def factors(norms: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     """What scales each record's gradient of the given norm, [batch]: at most 1, such that the product stays in bound.
 
     A gradient that is not finite counts as zero: it would pass the clip (inf * 0 is NaN) and show its record in the
