@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from audit import canaries
-from client import accounting
+from client import accounting, compiler
 from client.accounting import Release
 from client.app import Bench, train_round, trainable
 from client.conversation import Conversation
@@ -99,7 +99,14 @@ def run(privacy: Privacy, training: Training, *, rounds: int, steps: int, size: 
 
 def _rounds(policy: Policy, ledger: Ledger, rounds: int) -> Iterator[RecordDict]:
     """The client's reply to each round of a server that always sends zeros."""
-    bench = Bench(policy=policy)
+    with TemporaryDirectory() as folder:
+        bench = Bench(policy=policy)
+        if policy.training.gradient_mode == "compiled":
+            bench.program = compiler.program(bench, Path(folder))
+        yield from _replies(policy, ledger, rounds, bench)
+
+
+def _replies(policy: Policy, ledger: Ledger, rounds: int, bench: Bench) -> Iterator[RecordDict]:
     zeros = ArrayRecord(
         {
             name: Array(np.zeros(tuple(value.shape), dtype=np.float32))

@@ -7,9 +7,11 @@ training takes beside it, and what is left of both when the worker has ended, as
 import multiprocessing
 import statistics
 import subprocess
+import tempfile
 import time
 import warnings
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -78,22 +80,24 @@ def _in_a_process(case: Case, variant: str) -> Found | str:
     before = _memory("used")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        said: Found | str = ours.recv() if ours.poll(_SECONDS) else f"nothing within {_SECONDS:g} s"
-    except EOFError:
-        said = "its process ended"
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (theirs, CASES.index(case), variant, Path(folder))
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            said: Found | str = ours.recv() if ours.poll(_SECONDS) else f"nothing within {_SECONDS:g} s"
+        except EOFError:
+            said = "its process ended"
+        finally:
+            process.kill()
+            process.join()
     if isinstance(said, dict):
         said["idle"] = [max(0, _memory("used") - before)]
     return said
 
 
-def _serve(host: Connection, number: int, variant: str) -> None:
+def _serve(host: Connection, number: int, variant: str, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     case, before = CASES[number], _memory("used")
@@ -101,7 +105,7 @@ def _serve(host: Connection, number: int, variant: str) -> None:
         torch.zeros(1, device=_DEVICE)
         context = _memory("used") - before
         model, inputs = case.model().train().to(_DEVICE), case.inputs(case.batch).to(_DEVICE)
-        take = step.build(variant, model, inputs, torch.randint(CLASSES, (case.batch,)).to(_DEVICE))
+        take = step.build(variant, model, inputs, torch.randint(CLASSES, (case.batch,)).to(_DEVICE), folder)
         take()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()  # trying the modes is over

@@ -6,10 +6,13 @@ train on two cores; ours goes through client.training, noise and sampling includ
 
 import multiprocessing
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from benchmarks.models import CASES, CLASSES, Case, ancestor_cnn
 from benchmarks.report import Result, Row
 
 BASELINE = "plain SGD"
-_WORKER = ("auto", "hooks", "book_keeping")  # of ours
+_WORKER = ("auto", "hooks", "book_keeping", "compiled")  # of ours
 _OPACUS = {"Opacus hooks": "hooks", "Opacus functorch": "functorch", "Opacus ghost": "ghost"}
 VARIANTS = (BASELINE, *_WORKER, *_OPACUS)
 _RATE, _BOUND, _NOISE = 1e-3, 1.2, 1.0
@@ -57,10 +60,12 @@ def _measure(case: Case) -> tuple[dict[str, list[float]], list[str]]:
     seconds: dict[str, list[float]] = {}
     remarks: list[str] = []
     living: dict[str, tuple[multiprocessing.process.BaseProcess, Connection]] = {}
+    folders = ExitStack()
     try:
         for variant in (*VARIANTS, *_elsewhere(case)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant), daemon=True)
+            folder = Path(folders.enter_context(tempfile.TemporaryDirectory()))
+            process = context.Process(target=_serve, args=(theirs, CASES.index(case), variant, folder), daemon=True)
             process.start()
             theirs.close()
             living[variant] = process, ours
@@ -78,6 +83,7 @@ def _measure(case: Case) -> tuple[dict[str, list[float]], list[str]]:
         for process, _ in living.values():
             process.kill()
             process.join()
+        folders.close()
     return seconds, remarks
 
 
@@ -92,7 +98,7 @@ def _hear(connection: Connection, patience: float) -> object:
         return "its process ended"
 
 
-def _serve(host: Connection, number: int, variant: str) -> None:
+def _serve(host: Connection, number: int, variant: str, folder: Path) -> None:
     """A variant's process: says ready, or why it is not; then a step's CPU seconds for each word."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -101,7 +107,7 @@ def _serve(host: Connection, number: int, variant: str) -> None:
     try:
         model, inputs = case.model().train(), case.inputs(case.batch)
         targets = torch.randint(CLASSES, (case.batch,))
-        step = build(variant, model, inputs, targets)
+        step = build(variant, model, inputs, targets, folder)
         step()
     except Exception as error:
         host.send(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
@@ -113,15 +119,15 @@ def _serve(host: Connection, number: int, variant: str) -> None:
         host.send(time.process_time() - started)
 
 
-def build(variant: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    """A step of `variant` on these records, on whatever device they and the model are."""
+def build(variant: str, model: nn.Module, inputs: Tensor, targets: Tensor, folder: Path) -> Step:
+    """A step of `variant` on these records, on whatever device they and the model are; `folder` is empty."""
     if variant == BASELINE:
         return _plain(model, inputs, targets)
     if variant in _OPACUS:
         return _opacus(_OPACUS[variant], model, inputs, targets)
     if variant == jax_step.NAME:
         return jax_step.step(model, inputs, targets, rate=_RATE, bound=_BOUND, noise=_NOISE)
-    return _ours(variant, model, inputs, targets)
+    return _ours(variant, model, inputs, targets, folder)
 
 
 def _plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
@@ -135,8 +141,10 @@ def _plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     return step
 
 
-def _ours(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+def _ours(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor, folder: Path) -> Step:
     from client.accounting import Release
+    from client.compiler import build as compiled
+    from client.compiler import rows_for
     from client.gradients import choose
     from client.job import keep_memory
     from client.noise import SecureGenerator
@@ -147,9 +155,13 @@ def _ours(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     keep_memory()
     loss = nn.CrossEntropyLoss(reduction="none")
     chosen = choose(model, loss, inputs[:64], targets[:64], _BOUND).mode if mode == "auto" else mode
+    program = None
+    if mode == "compiled":
+        rows = rows_for(len(inputs))
+        program = compiled(model, loss, inputs[:rows], targets[:rows], folder)
     terms = Terms(
         max_grad_norm=_BOUND, batch_size=len(inputs), physical_batch_size=len(inputs), learning_rate=_RATE,
-        gradient_mode=chosen,  # type: ignore[arg-type]
+        gradient_mode=chosen, program=program,  # type: ignore[arg-type]
     )  # fmt: skip
     release = Release(noise_multiplier=_NOISE, sample_rate=1.0, steps=1)
     generator, data = SecureGenerator(), Data(inputs=inputs, targets=targets)

@@ -19,6 +19,7 @@ from client.gradients.compiled import state, step
 from client.policy import Refused
 from client.program import Program
 from common.config import Policy
+from common.messages import Reason
 from common.tasks.inputs import Inputs
 
 log = logging.getLogger(__name__)
@@ -29,20 +30,25 @@ _PARTS = 8  # of a batch: what the last one is filled up with is a sixteenth of 
 def serve(policy: Policy, host: Connection) -> None:
     """Compiles the step of the policy's task into the folder that the host names; answers a Program, or why not."""
     folder = host.recv()
-    bench = Bench(policy=policy)
     try:
-        task, device = bench.task(), pick_device(policy.training.device)
-        public = task.test_data()
-        rows = rows_for(min(policy.privacy.batch_size, policy.training.physical_batch_size))
-        few = torch.arange(rows) % len(public.inputs)
-        raw = public.inputs[few].to(device)
-        inputs = Inputs.of(task)
-        made = inputs.training(raw, inputs.draw(rows, raw.device))
-        host.send(build(task.model().to(device).train(), task.loss, made, public.targets[few].to(device), folder))
+        host.send(program(Bench(policy=policy), folder))
     except Refused as refused:
         host.send(refused.detail)
+
+
+def program(bench: Bench, folder: Path) -> Program:
+    """The step of the bench's task, compiled into `folder`. Raises Refused, before any charge."""
+    task, policy = bench.task(), bench.policy
+    device, public = pick_device(policy.training.device), task.test_data()
+    rows = rows_for(min(policy.privacy.batch_size, policy.training.physical_batch_size))
+    few = torch.arange(rows) % len(public.inputs)
+    raw, targets = public.inputs[few].to(device), public.targets[few].to(device)
+    inputs = Inputs.of(task)
+    made = inputs.training(raw, inputs.draw(rows, raw.device))
+    try:
+        return build(task.model().to(device).train(), task.loss, made, targets, folder)
     except Unsupported as error:
-        host.send(str(error))
+        raise Refused(Reason.MODEL, str(error)) from None
 
 
 def rows_for(batch: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from client import accounting, app, noise
-from client.gradients import book_keeping, clipped, hooks
+from client.gradients import book_keeping, clipped, compiled, hooks
 from client.noise import SecureGenerator
 from client.training import SecureDPOptimizer
 
@@ -42,7 +42,7 @@ def noise_too_small_by_a_tenth(patch: Patch) -> None:
 
 
 def _factors(patch: Patch, factors: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
-    for mode in (hooks, book_keeping):
+    for mode in (hooks, book_keeping, compiled):
         patch.setattr(mode, "factors", factors)
 
 

@@ -86,6 +86,18 @@ def test_each_gradient_mode_is_held_to_its_clip(mode: GradientMode, monkeypatch:
     assert AMPLITUDE in failed(quick(monkeypatch, terms))
 
 
+@pytest.mark.long
+def test_a_compiled_step_is_held_to_its_clip(monkeypatch: Patch) -> None:
+    terms = policy(noise_multiplier=1.0)
+    terms = terms.model_copy(update={"training": terms.training.model_copy(update={"gradient_mode": "compiled"})})
+    assert failed(quick(monkeypatch, terms)) == set()
+    sensitivity_doubled(monkeypatch)
+    with pytest.raises(AuditError, match="other sums than those of one record at a time"):  # sooner than by its noise
+        quick(monkeypatch, terms)
+    monkeypatch.setattr(sys.modules["client.gradients.choose"], "_agree", lambda *_: True)
+    assert AMPLITUDE in failed(quick(monkeypatch, terms))
+
+
 @pytest.mark.parametrize("breakage", CAUGHT_BY, ids=lambda breakage: breakage.__name__)
 def test_a_client_that_breaks_its_promise_is_caught(breakage: Callable[[Patch], None], monkeypatch: Patch) -> None:
     breakage(monkeypatch)
