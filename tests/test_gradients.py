@@ -153,15 +153,31 @@ class Cancelling(nn.Module):
         return self.scale * (out[:, :half].sum(1) - out[:, half:].sum(1))
 
 
+class CancellingConvolution(Cancelling):
+    """The same by a convolution, whose kernel sees two neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(Turned(), nn.Conv1d(64, 64, 2, stride=2, bias=False), Turned())
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
 def cancelling(batch: int, places: int) -> Tensor:
     half = torch.randn(batch, places // 2, 64)
     return torch.cat([half, half * (1 + 1e-7 * torch.randn_like(half))], 1)
 
 
+@pytest.mark.parametrize("made", [Cancelling, CancellingConvolution])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_record_adds_no_more_than_the_bound_though_its_terms_cancel(mode: GradientMode) -> None:
+def test_a_record_adds_no_more_than_the_bound_though_its_terms_cancel(
+    mode: GradientMode, made: type[Cancelling]
+) -> None:
     torch.manual_seed(3)
-    model, bound = Cancelling(), 1.0
+    model, bound = made(), 1.0
     targets = torch.zeros(4, dtype=torch.long)
     inputs = cancelling(4, 8)
     with_all = sums(mode, model, inputs, targets, bound).double()
