@@ -29,7 +29,7 @@ SIZES = (
     Size(clients=50, rounds=5),
     Size(clients=100, rounds=5),
     Size(clients=200, rounds=20),
-    Size(clients=500, rounds=3),
+    Size(clients=500, rounds=5),
     Size(clients=1000, rounds=5, processes=2),
 )
 _RECORDS = 1437  # in the training set of digits
