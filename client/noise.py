@@ -67,22 +67,23 @@ class SecureGenerator:
     def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
         """`total` plus N(0, std**2), on a grid that depends on `std` alone; in the type and on the device of `total`.
 
+        Takes `total` over: the result lies in its memory where that is in one piece, and nothing is left without noise.
         In floating point the last bits of a sum tell its summands apart (Mironov 2012; Haney et al. 2022,
         arXiv:2207.13793). Here they are rounded away: near one `std` some 2**28 float64 sums share a point of the
         grid. Whatever follows, the rounding to float32 first, is a function of that point.
         """
         if std == 0:
-            return total.clone()
+            return total
         grid = _GRID * 2.0 ** math.floor(math.log2(std))
-        result = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+        result = total.reshape(-1)
         # Part by part, so that the float64 numbers stay in the cache; another device gets them all at once.
         size = _CHUNK if total.device.type == "cpu" else max(1, total.numel())
         with _one_thread():
-            for into, part in zip(result.view(-1).split(size), total.reshape(-1).split(size), strict=True):
+            for part in result.split(size):
                 # In units of the grid from the start: it is a power of two, so that no bit of the sum is another.
                 noise = self.normal(part.shape, std / grid, device=part.device, dtype=torch.float64)
-                into.copy_(noise.add_(part, alpha=1 / grid).round_().mul_(grid))
-        return result
+                part.copy_(noise.add_(part, alpha=1 / grid).round_().mul_(grid))
+        return result.view(total.shape)
 
     def noised_all(self, totals: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
         """`noised` of each of `totals`, all on one device; the small ones in one go, which costs less."""
