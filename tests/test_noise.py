@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from client import noise
 from client.noise import SecureGenerator
 from tests.statistics_checks import correlation_p_value, normal_checks, poisson_checks, rejected
 
 N = 200_000
-CHUNK_LAGS = (1, 2, 3, 7, 64, 2**14, 2**15)  # the last two: a Box-Muller pair, and the next chunk
+CHUNK_LAGS = (1, 2, 3, 7, 64, noise._CHUNK // 2, noise._CHUNK)  # the last two: a Box-Muller pair, and the next chunk
 
 
 def draw(generator: SecureGenerator, n: int = N, std: float = 1.0) -> np.ndarray:
@@ -216,6 +217,7 @@ def test_a_generator_cannot_be_copied(copier: Callable[[object], object]) -> Non
 FORKS = """
 import os, sys
 import numpy as np, torch
+from client import noise
 from client.noise import SecureGenerator
 
 torch.set_num_threads(1)

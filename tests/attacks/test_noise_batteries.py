@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from client import noise
 from client.noise import SecureGenerator
 from tests.statistics_checks import autocorrelation_checks, normal_checks, rejected, tail_checks
 
 N, STD, LAGS = 10_000_000, 0.75, 100_000
-CHUNK_LAGS = (1, 2, 3, 7, 64, 2**14, 2**15)  # the last two: a Box-Muller pair, and the next chunk
+CHUNK_LAGS = (1, 2, 3, 7, 64, noise._CHUNK // 2, noise._CHUNK)  # the last two: a Box-Muller pair, and the next chunk
 
 
 def batteries(samples: np.ndarray) -> dict[str, float]:
