@@ -156,6 +156,7 @@ def _ours(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor, folder: 
     from client.compiler import rows_for
     from client.gradients import choose
     from client.job import keep_memory
+    from client.memory import give_back
     from client.noise import SecureGenerator
     from client.training import Step as Terms
     from client.training import train
@@ -164,6 +165,7 @@ def _ours(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor, folder: 
     keep_memory()
     loss = nn.CrossEntropyLoss(reduction="none")
     chosen = choose(model, loss, inputs[:64], targets[:64], _BOUND).mode if mode == "auto" else mode
+    give_back()  # as a worker does once it has chosen
     program = None
     if mode == "compiled":
         rows = rows_for(len(inputs))

@@ -36,6 +36,13 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
+def give_back() -> None:
+    """To the system, what the C library keeps of freed memory."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # GNU's
+        libc.malloc_trim(0)
+
+
 def rehearse(passes: Pass, inputs: Tensor, targets: Tensor, *, most: int, records: int, workers: int) -> int:
     """The largest of `most`, `most` / 2, ... records of which a pass should fit, where `workers` share what is free.
 
@@ -118,9 +125,7 @@ def _field(path: Path, name: str) -> int | None:
 
 def _used(passes: Pass, inputs: Tensor, targets: Tensor) -> int | None:
     """Bytes by which this process grew in a pass, at its largest; None where the memory did not suffice."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else the pass would use again what an earlier one left, and seem to cost nothing
+    give_back()  # else the pass would use again what an earlier one left, and seem to cost nothing
     (_PROC / "self/clear_refs").write_text("5")  # the largest size so far is the present one: proc(5)
     before = _field(_PROC / "self/status", "VmRSS:")
     try:
