@@ -17,6 +17,7 @@ from client.reach import proxy_in_the_way
 from client.rota import Rota
 from client.workers import CannotCompile, Workers
 from common.certificates import PkiError
+from common.code_pages import unmap_code
 from common.config import Policy
 from common.http import serve
 
@@ -37,6 +38,7 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
         HostError: a file or port cannot be had, or no worker can be forked any more.
     """
     importlib.import_module("dp_accounting")  # not in the first answer to a scrape or a round
+    unmap_code()
     workers = Workers(zygote, policy.training.max_workers)
     address = policy.client.server_address
     authority, metrics = policy.client.ca_certificate, policy.client.metrics_address

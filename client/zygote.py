@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from common.code_pages import unmap_code
 from common.config import Policy
 from common.process import die_with_parent
 
@@ -72,6 +73,7 @@ def _zygote(policy: Policy, requests: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
     gc.collect()
     gc.freeze()  # keeps the pages of what is loaded shared between workers
+    unmap_code()
     log.info("ready to fork workers")
     parent = os.getpid()
     while True:
