@@ -203,6 +203,7 @@ def test_nothing_costs_nothing() -> None:
 NUMERIC = 0.025
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mode", "examples"), [("adaptive", 15), ("fixed", 4)])
 def test_more_steps_more_sampling_less_noise_cost_more(mode: Mode, examples: int) -> None:
     @settings(max_examples=examples, deadline=None, derandomize=True)

@@ -61,6 +61,7 @@ def states(run: Federation, summary: dict, *, rounds: int) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_updates_travel_packed_where_the_server_asks_for_it(tmp_path: Path) -> None:
     with federation(tmp_path, compression="int8") as run:
         summary = finish(run)
@@ -82,6 +83,7 @@ def test_a_compiled_step_serves_all_workers(tmp_path: Path) -> None:
         assert not list(Path(tempfile.gettempdir()).glob("fedeps-*/step.so"))
 
 
+@pytest.mark.long
 def test_two_runs_continue_one_budget_and_a_smaller_budget_refuses(tmp_path: Path) -> None:
     with federation(tmp_path) as run:
         first = finish(run)

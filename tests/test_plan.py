@@ -49,6 +49,7 @@ def small() -> Plan:
     return plan(terms(read_as(Wishes, wishes), ROOT / "config"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_the_noise_is_dp_accountings(small: Plan, mode: Mode) -> None:
     (row,) = [row for row in small.noise if row.rounds == 4]
@@ -100,6 +101,7 @@ def test_the_chart_shows_a_line_for_each_mode(small: Plan) -> None:
     assert "--paper" in "".join(style.text or "" for style in root.iter(f"{SVG}style"))
 
 
+@pytest.mark.long
 def test_the_command_prints_the_steps_that_each_mode_buys(tmp_path: Path) -> None:
     """Epsilon 8, sigma 1, rate 0.0512: `fixed` at least 15% more; each within 1% of dp-accounting's own figure."""
     ended = command(
