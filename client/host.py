@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,11 +63,12 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
     if proxy := proxy_in_the_way(address):
         log.warning("the server %s is reached through the proxy %s (no_proxy names hosts without one)", address, proxy)
 
-    with TemporaryDirectory(prefix="fedeps-", ignore_cleanup_errors=True) as folder:
+    with ExitStack() as stack:
         if policy.training.gradient_mode == "compiled":
             try:
+                folder = stack.enter_context(TemporaryDirectory(prefix="fedeps-", ignore_cleanup_errors=True))
                 workers.compile(Path(folder), stop)
-            except CannotCompile as error:
+            except (CannotCompile, OSError) as error:
                 raise HostError(f"training.gradient_mode: compiled: {error} (use auto)") from None
         rota = Rota(members, policy.training.max_workers, stop)
         rota.start()
