@@ -82,6 +82,7 @@ def train(
     `loss(outputs, targets)` gives one value per record, [batch]. `data` lies on the model's device, raw: `inputs` makes
     of a batch's records what the model takes. A batch without records is noised and counts like any other.
     """
+    torch.set_float32_matmul_precision("highest")  # client.gradients bounds no coarser one
     model.train()
     most = step.physical_batch_size
     sums = clipped_sums(step.gradient_mode, model, loss, step.max_grad_norm, step.program)

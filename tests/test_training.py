@@ -268,3 +268,19 @@ def test_broken_noise_is_noticed() -> None:
     torch.manual_seed(8)
     forks = [in_a_fork(Seeded) for _ in range(2)]  # forks of one parent share torch's stream
     assert rejected({"forks": correlation_p_value(*forks)})
+
+
+@pytest.mark.parametrize("asked", ["high", "medium"])
+def test_products_are_never_rounded_more_coarsely_than_is_bounded(asked: str) -> None:
+    seen: list[str] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return LOSS(outputs, targets)
+
+    torch.set_float32_matmul_precision(asked)  # as a task's module may
+    try:
+        train(network(), loss, data(), release=release(steps=1), step=step(), generator=SecureGenerator())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
