@@ -67,7 +67,7 @@ class SecureGenerator:
     def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
         """`total` plus N(0, std**2), on a grid that depends on `std` alone; in the type and on the device of `total`.
 
-        Takes `total` over: the result lies in its memory where that is in one piece, and nothing is left without noise.
+        Takes `total` over: the result may lie in its memory.
         In floating point the last bits of a sum tell its summands apart (Mironov 2012; Haney et al. 2022,
         arXiv:2207.13793). Here they are rounded away: near one `std` some 2**28 float64 sums share a point of the
         grid. Whatever follows, the rounding to float32 first, is a function of that point.

@@ -1,6 +1,7 @@
 """Which way of computing the clipped sums is the fastest for this model on this device: tried, not guessed."""
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def choose(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, max_gr
     expected: list[Tensor] = []
     for mode in MODES:  # the oracle first
         try:
-            found, taken = _try(mode, model, loss, inputs, targets, max_grad_norm)
+            found, taken = _timed(clipped_sums(mode, model, loss, max_grad_norm), inputs, targets)
         except Unsupported as error:
             remarks.append(f"{mode}: {error}")
             continue
@@ -84,34 +85,15 @@ def require(
     What is compiled must also find the sums of one record at a time.
     """
     inputs, targets = inputs[:2], targets[:2]
-    found, _ = _try(mode, model, loss, inputs, targets, max_grad_norm, program)
+    found, _ = _timed(clipped_sums(mode, model, loss, max_grad_norm, program), inputs, targets)
     if mode == "compiled" and not _agree(_one_at_a_time(model, loss, inputs, targets, max_grad_norm), found):
         raise Unsupported("other sums than those of one record at a time")
-
-
-def _try(
-    mode: GradientMode,
-    model: nn.Module,
-    loss: Loss,
-    inputs: Tensor,
-    targets: Tensor,
-    max_grad_norm: float,
-    program: Program | None = None,
-) -> tuple[list[Tensor], float]:
-    try:
-        sums = clipped_sums(mode, model, loss, max_grad_norm, program)
-        try:
-            return _timed(sums, inputs, targets)
-        finally:
-            sums.close()
-    except NotImplementedError as error:  # as Opacus says it
-        raise Unsupported(str(error)) from None
 
 
 def _timed(sums: ClippedSums, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], float]:
     """The sums, and the fastest of some passes; the first, which may set things up, does not count if it is quick."""
     devices = [inputs.device] if inputs.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with closing(sums), torch.random.fork_rng(devices=devices):
         found, first = _once(sums, inputs, targets)
         passes: list[float] = []
         while len(passes) < _PASSES and first + sum(passes) < _ENOUGH_SECONDS:

@@ -81,8 +81,6 @@ def _weighted(scale: Tensor, gradients: Tensor) -> Tensor:
 
 def _filled(values: Tensor, rows: int) -> Tensor:
     """`values` [n, ...] with rows of zeros up to `rows`, in a memory of its own."""
-    if len(values) == rows:
-        return values.contiguous()
     filled = values.new_zeros(rows, *values.shape[1:])
     filled[: len(values)] = values
     return filled

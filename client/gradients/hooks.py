@@ -6,7 +6,7 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from client.gradients.clipped import Loss, factors, trainable
+from client.gradients.clipped import Loss, Unsupported, factors, trainable
 
 
 class Hooks:
@@ -48,4 +48,7 @@ class Hooks:
 
     def _wrap(self) -> GradSampleModule:
         # What Opacus would be strict about, client.model_check has checked by its effect.
-        return GradSampleModule(self._model, loss_reduction="sum", strict=False)
+        try:
+            return GradSampleModule(self._model, loss_reduction="sum", strict=False)
+        except NotImplementedError as error:
+            raise Unsupported(str(error)) from None
