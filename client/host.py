@@ -17,6 +17,7 @@ from client.member import Member
 from client.reach import proxy_in_the_way
 from client.rota import Rota
 from client.workers import CannotCompile, Workers
+from client.zygote import wait_for_end
 from common.certificates import PkiError
 from common.code_pages import unmap_code
 from common.config import Policy
@@ -72,11 +73,18 @@ def run(policy: Policy, zygote: socket.socket, stop: threading.Event) -> None:
                 raise HostError(f"training.gradient_mode: compiled: {error} (use auto)") from None
         rota = Rota(members, policy.training.max_workers, stop)
         rota.start()
+        threading.Thread(target=_fail_without, args=(zygote, rota), name="zygote", daemon=True).start()
         _beat(members, fleet, stop)
         rota.end(LEAVE_SECONDS)
         fleet.close()
     if rota.failed:
         raise HostError(rota.failed)
+
+
+def _fail_without(zygote: socket.socket, rota: Rota) -> None:
+    """Not first with the next message: who could not train is not to stay in the fleet and look ready."""
+    wait_for_end(zygote)
+    rota.fail("the process that forks them has ended")
 
 
 def _beat(members: Sequence[Member], fleet: Fleet, stop: threading.Event) -> None:

@@ -81,6 +81,11 @@ class Rota:
         with self._change:
             self._change.wait_for(lambda: not self._at_work, max(0.0, deadline - time.monotonic()))
 
+    def fail(self, why: str) -> None:
+        """Nothing can be trained any more: sets `stop`."""
+        self.failed = f"no worker can be forked any more: {why} (start this process again)"
+        self._stop.set()
+
     def _poll(self) -> None:
         while (number := self._next()) is not None:
             try:
@@ -170,8 +175,7 @@ class Rota:
     def _own_error(self, number: int, error: Exception) -> float:
         """Logs what should not have happened; returns the seconds after which the member goes on."""
         if isinstance(error, ZygoteDied):
-            self.failed = f"no worker can be forked any more: {error} (start this process again)"
-            self._stop.set()
+            self.fail(str(error))
         else:
             name = self._members[number].partition.name
             log.error("%s: goes on after an error of ours", name, exc_info=error)

@@ -8,6 +8,7 @@ import gc
 import importlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -56,6 +57,13 @@ def fork_worker(zygote: socket.socket, work: bytes = WORK) -> Connection:
     with theirs:
         socket.send_fds(zygote, [work], [theirs.fileno()])
     return Connection(ours.detach())
+
+
+def wait_for_end(zygote: socket.socket) -> None:
+    """Returns once the zygote has ended, whatever it is asked for meanwhile."""
+    end = select.poll()
+    end.register(zygote, 0)  # POLLHUP is always told, and only the zygote holds the other end
+    end.poll()
 
 
 def _zygote(policy: Policy, requests: socket.socket) -> None:

@@ -1,6 +1,8 @@
 """A client that cannot serve says why in one line, ends with 1 and leaves no process behind."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.federation import Federation, command, federation, wait_for
+from tests.federation import Federation, children, command, federation, wait_for
 
 
 def all_keys_missing(run: Federation) -> None:
@@ -72,6 +74,17 @@ def test_a_client_that_cannot_serve_says_why_and_leaves_nothing(
         words = [line for line in run.log("client").splitlines() if " INFO " not in line]
         assert len(words) == 1, words
         assert all(part in words[0] for part in STARTS[fault]), words
+        wait_for(lambda: not inhabitants(tmp_path), "the end of all its processes", 30)
+
+
+@pytest.mark.parametrize("moment", ["", "ready to fork workers"], ids=["at once", "when it waits"])
+def test_a_client_whose_zygote_dies_ends_also_without_a_message(tmp_path: Path, moment: str) -> None:
+    with federation(tmp_path) as run:  # there is no server
+        client = run.start_client()
+        (zygote,) = wait_for(lambda: moment in run.log("client") and children(client.pid), "the zygote", 60)
+        os.kill(zygote, signal.SIGKILL)
+        assert client.wait(timeout=30) == 1, run.log("client")
+        assert "no worker can be forked any more: the process that forks them has ended" in run.log("client")
         wait_for(lambda: not inhabitants(tmp_path), "the end of all its processes", 30)
 
 
