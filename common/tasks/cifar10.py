@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
-from common.tasks.augment import crop, flip
+from common.tasks.augment import flip_and_crop
 from common.tasks.classification import Classification
 from common.tasks.protocol import Data, TaskError
 
@@ -25,8 +25,7 @@ class Cifar10(Classification):
 
     def augment(self, inputs: Tensor, draws: Tensor) -> Tensor:
         """Flip and shift each by up to 4 pixels: He et al. 2016, arXiv:1512.03385."""
-        mirror, down, right = draws.unbind(1)
-        return crop(flip(inputs, mirror), 4, down, right)
+        return flip_and_crop(inputs, 4, draws)
 
     def load(self, *, train: bool) -> Data:
         try:

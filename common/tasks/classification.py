@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +29,8 @@ class Classification(ABC):
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """uint8 pixels to floats in [-1, 1]: constants, since a mean over a batch would mix its records."""
-        return inputs.float().mul_(1 / 127.5).sub_(1)
+        pixels = inputs.float()
+        return torch.add(pixels.new_full((), -1.0), pixels, alpha=1 / 127.5, out=pixels)  # in one pass
 
     @abstractmethod
     def load(self, *, train: bool) -> Data:
