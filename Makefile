@@ -73,7 +73,7 @@ test-k8s: setup ## The manifests against a real control plane, which it builds o
 	-@$(PY) -m tests.k8s.binaries
 	$(PY) -m pytest tests/k8s $(ARGS)
 
-bench: setup ## Run the benchmarks, or one of them: BENCH=name
+bench: setup ## Run the benchmarks but endurance, or one of them: BENCH=name
 	$(PY) -m benchmarks $(BENCH)
 
 # REVISION names the commit in the images' labels.

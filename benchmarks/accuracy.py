@@ -15,7 +15,7 @@ from benchmarks.programs import BenchmarkError
 from benchmarks.report import Result, Row
 from common.config import Privacy, Training
 
-CLIENTS, ROUNDS, REPEATS = 10, 20, 3
+CLIENTS, ROUNDS, REPEATS = 10, 20, 2
 RECORDS = 143  # nominal, of each client
 
 

@@ -15,14 +15,13 @@ from benchmarks.processes import MemoryPeak, alive, cpu_seconds, memory_mb
 from benchmarks.report import Result, Row
 from common.config import Partition, Privacy, Training
 
-STOCK = {1: 5, 4: 3}  # clients, one flower-supernode each (many do not come through a round): measurements
 OURS = {1: 5, 4: 2, 50: 1}  # partitions in one client process: rounds a measurement takes, long beside a clock tick
-RUNS = 5  # measurements of ours
+RUNS = 5  # measurements
 _WARM_UP = 3  # rounds; one is enough for stock, which starts a process for each message
 _WORKER_SECONDS = 5.0  # after which an idle worker of ours ends
 _IDLE_PROCESSES = 2  # of a client without work: supernode and superexec, host and zygote
 _SETTLE_SECONDS = 60.0
-STOCK_NAME, OUR_NAME = "stock SuperNodes", "one process"
+STOCK_NAME, OUR_NAME = "stock SuperNode", "one process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +36,8 @@ class Cost:
 
 def run() -> Result:
     costs = {}
-    for clients, runs in STOCK.items():
-        with stock.train(clients, rounds=1 + runs) as run:
-            costs[STOCK_NAME, clients] = _measure(run, clients, warm_up=1)
+    with stock.train(1, rounds=1 + RUNS) as run:  # one flower-supernode: many do not come through a round
+        costs[STOCK_NAME, 1] = _measure(run, 1, warm_up=1)
     for clients, each in OURS.items():
         with _ours(clients, rounds=_WARM_UP + RUNS * each) as run:
             costs[OUR_NAME, clients] = _measure(run, clients, warm_up=_WARM_UP, each=each)

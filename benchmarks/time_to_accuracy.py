@@ -23,7 +23,7 @@ from benchmarks.report import Result, Row
 from client.accounting import compose, epsilon, noise_within
 from common.config import Privacy, Training
 
-REPEATS, CLIENTS = 3, 2  # runs of each; the example has two clients
+REPEATS, CLIENTS = 2, 2  # runs of each; the example has two clients
 BASELINE, OURS = "Flower's example", "fedeps"
 
 

@@ -97,18 +97,17 @@ def test_random_kills_of_every_process(tmp_path: Path) -> None:
             kind = min(KINDS, key=lambda kind: (killed[kind], random.random()))
             with suppress(subprocess.TimeoutExpired):  # also in the middle of starting
                 server.wait(timeout=random.uniform(0.0, 6.0))
-            if (pid := victim(kind, server, client)) is None:
+            if (pid := victim(kind, server, client)) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed[kind] += 1
                 observer.look()
-                continue
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed[kind] += 1
-            observer.look()
-            if kind in ("host", "zygote"):
-                client.wait(timeout=60)  # a client without its zygote ends by itself
-                client = run.start("client", "-c", WITNESS)
-            if server.poll() is not None or kind == "server":
-                server.wait(timeout=60)
+                if kind in ("host", "zygote"):
+                    client.wait(timeout=60)  # a client without its zygote ends by itself
+                    client = run.start("client", "-c", WITNESS)
+                if kind == "server":
+                    server.wait(timeout=60)
+            if server.poll() is not None:  # it may also have given up, after so many crashes
                 server = run.start_server()
             observer.look()
         before = _rounds(run)
