@@ -82,9 +82,10 @@ class Rota:
             self._change.wait_for(lambda: not self._at_work, max(0.0, deadline - time.monotonic()))
 
     def fail(self, why: str) -> None:
-        """Nothing can be trained any more: sets `stop`."""
-        self.failed = f"no worker can be forked any more: {why} (start this process again)"
-        self._stop.set()
+        """Nothing can be trained any more: sets `stop`. When all is to end anyway it is no failure."""
+        if not self._stop.is_set():
+            self.failed = f"no worker can be forked any more: {why} (start this process again)"
+            self._stop.set()
 
     def _poll(self) -> None:
         while (number := self._next()) is not None:

@@ -194,6 +194,13 @@ def test_without_workers_all_ends(many: Server) -> None:
     assert "no worker can be forked any more: gone" in many.rota.failed
 
 
+def test_a_zygote_that_was_told_to_end_as_well_is_no_failure(many: Server) -> None:
+    many.rota.start()
+    many.stop.set()
+    many.rota.fail("gone")
+    assert many.rota.failed is None
+
+
 def test_heartbeats_of_many_are_rarer() -> None:
     assert heartbeat_seconds(1) == heartbeat_seconds(300) == 15
     assert heartbeat_seconds(1000) == 50
